@@ -45,6 +45,12 @@ impl Checkpoint {
         self.taken.borrow_mut().insert(name.to_owned());
     }
 
+    /// The same for every tensor whose name starts with `prefix`.
+    pub fn ignore_below(&self, prefix: &str) {
+        let names = self.file.tensors().into_iter().map(|(name, _)| name).filter(|name| name.starts_with(prefix));
+        self.taken.borrow_mut().extend(names);
+    }
+
     /// Succeeds when every tensor in the file was taken or ignored.
     pub fn finish(self) -> Result<()> {
         let taken = self.taken.into_inner();
@@ -117,4 +123,16 @@ impl Scope<'_> {
     fn full(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
+}
+
+/// The weights of a diffusers component: `diffusion_pytorch_model.safetensors`, else its `.fp16` variant.
+pub(crate) fn diffusers_weights(folder: &Path) -> Result<PathBuf> {
+    weights_file(folder, "diffusion_pytorch_model")
+}
+
+/// `<stem>.safetensors`, else `<stem>.fp16.safetensors`.
+pub(crate) fn weights_file(folder: &Path, stem: &str) -> Result<PathBuf> {
+    let names = [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")];
+    let found = names.iter().map(|name| folder.join(name)).find(|path| path.is_file());
+    found.ok_or_else(|| Error::file(folder, format!("neither {} nor {} is there", names[0], names[1])))
 }

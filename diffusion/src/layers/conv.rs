@@ -1,0 +1,89 @@
+use std::sync::OnceLock;
+
+use candle_core::{D, Tensor};
+
+use crate::{Result, Scope};
+
+/// A 3x3 convolution, padding 1, stride 1 or 2.
+pub(crate) struct Conv2d {
+    kernel: Tensor,
+    bias: Tensor,
+    stride: usize,
+    /// What the input gradient convolves with; made at the first `vjp`, because most convolutions never need one.
+    adjoint: OnceLock<Vec<Tensor>>,
+}
+
+impl Conv2d {
+    pub(crate) fn load(scope: &Scope, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
+        assert!(stride == 1 || stride == 2, "stride {stride}");
+        let kernel = scope.tensor("weight", &[outputs, inputs, 3, 3])?;
+        Ok(Self { kernel, bias: scope.tensor("bias", &[outputs])?, stride, adjoint: OnceLock::new() })
+    }
+
+    /// `[B, in, h, w]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.add_bias(x.contiguous()?.conv2d(&self.kernel, 1, self.stride, 1, 1)?)
+    }
+
+    /// Without the symmetric padding: the input is padded by one row below and one column to the right, as the VAE's
+    /// downsampling does.
+    pub(crate) fn forward_padded_end(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?;
+        self.add_bias(x.conv2d(&self.kernel, 0, self.stride, 1, 1)?)
+    }
+
+    /// The gradient for an input of `height x width` from that of the output, `[B, out, ..]` to `[B, in, height, width]`.
+    pub(crate) fn vjp(&self, dy: &Tensor, (height, width): (usize, usize)) -> Result<Tensor> {
+        let dy = dy.contiguous()?;
+        if self.adjoint.get().is_none() {
+            let kernels = if self.stride == 1 { vec![adjoint(&self.kernel)?] } else { phases(&self.kernel)? };
+            // Losing a race only means that the other thread's equal kernels are kept.
+            let _ = self.adjoint.set(kernels);
+        }
+        let kernels = self.adjoint.get().expect("set above");
+        match &kernels[..] {
+            [flipped] => Ok(dy.conv2d(flipped, 1, 1, 1, 1)?),
+            phases => strided_vjp(&dy, phases, height, width),
+        }
+    }
+
+    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
+        Ok(y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?)
+    }
+}
+
+/// The kernel of the adjoint convolution: flipped in space, input and output channels exchanged.
+fn adjoint(kernel: &Tensor) -> Result<Tensor> {
+    Ok(kernel.flip(&[2, 3])?.transpose(0, 1)?.contiguous()?)
+}
+
+/// With stride 2, `y[o] = sum_k w[k] x[2 o + k - 1]`, so an even input position `2 i` is seen by tap 1 of output `i` alone,
+/// and an odd one `2 i + 1` by tap 2 of `i` and tap 0 of `i + 1`. The gradient falls apart into four small stride-1
+/// convolutions, one per phase of (row, column), that together cost what the forward pass costs.
+fn phases(kernel: &Tensor) -> Result<Vec<Tensor>> {
+    let flipped = adjoint(kernel)?; // taps in the order 2, 1, 0
+    let middle = Tensor::new(&[1u32], kernel.device())?;
+    let outer = Tensor::new(&[0u32, 2], kernel.device())?;
+    let mut phases = Vec::with_capacity(4);
+    for rows in [&middle, &outer] {
+        for columns in [&middle, &outer] {
+            phases.push(flipped.index_select(rows, 2)?.index_select(columns, 3)?.contiguous()?);
+        }
+    }
+    Ok(phases)
+}
+
+fn strided_vjp(dy: &Tensor, phases: &[Tensor], height: usize, width: usize) -> Result<Tensor> {
+    let (b, _, h, w) = dy.dims4()?;
+    // One more row and column of zeros: the odd phase of the last output looks at output i + 1.
+    let padded = dy.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?;
+    let phase = |row: usize, column: usize| -> Result<Tensor> {
+        let seen = padded.narrow(2, 0, h + row)?.narrow(3, 0, w + column)?.contiguous()?;
+        Ok(seen.conv2d(&phases[2 * row + column], 0, 1, 1, 1)?)
+    };
+    let rows = [0, 1].map(|row| -> Result<Tensor> { Ok(Tensor::stack(&[phase(row, 0)?, phase(row, 1)?], D::Minus1)?) });
+    let [even, odd] = rows;
+    // [B, in, h, 2, w, 2]: phases interleaved; an odd size drops the phase beyond its end.
+    let dx = Tensor::stack(&[even?, odd?], 3)?.reshape((b, (), 2 * h, 2 * w))?;
+    Ok(dx.narrow(2, 0, height)?.narrow(3, 0, width)?.contiguous()?)
+}

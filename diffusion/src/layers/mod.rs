@@ -1,0 +1,24 @@
+//! The layers that Stable Diffusion is made of, each with its forward pass and, where the U-Net needs it, a hand-written
+//! `vjp`: the vector-Jacobian product with respect to the layer's *input*. Weights are frozen, so no layer computes a
+//! weight gradient here.
+//!
+//! A `vjp` takes the input that the forward pass saw (layers that are linear in it do not need it) and the cotangent of the
+//! output, and returns the cotangent of the input in the same shape and dtype.
+
+mod activation;
+mod attention;
+mod conv;
+mod embedding;
+mod linear;
+mod norm;
+mod resample;
+mod resnet;
+
+pub(crate) use activation::{geglu, geglu_vjp, silu};
+pub(crate) use attention::{attend, attend_vjp, merge_heads, split_heads};
+pub(crate) use conv::Conv2d;
+pub(crate) use embedding::TimestepEmbedding;
+pub(crate) use linear::Linear;
+pub(crate) use norm::{GroupNorm, LayerNorm};
+pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};
+pub(crate) use resnet::{ResnetBlock, ResnetSizes, ResnetTape};

@@ -1,0 +1,78 @@
+use candle_core::Tensor;
+
+use super::{Conv2d, GroupNorm, Linear};
+use crate::{Result, Scope};
+
+/// The sizes of a [`ResnetBlock`].
+#[derive(Clone, Copy)]
+pub(crate) struct ResnetSizes {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) groups: usize,
+    pub(crate) eps: f64,
+    /// Width of the timestep embedding; `None` in the VAE.
+    pub(crate) time: Option<usize>,
+}
+
+/// `shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))) + time)))`.
+pub(crate) struct ResnetBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    shortcut: Option<Linear>,
+}
+
+/// What the input gradient of one [`ResnetBlock`] needs.
+pub(crate) struct ResnetTape {
+    x: Tensor,
+    hidden: Tensor,
+}
+
+impl ResnetBlock {
+    pub(crate) fn load(scope: &Scope, sizes: ResnetSizes) -> Result<Self> {
+        let ResnetSizes { inputs, outputs, groups, eps, time } = sizes;
+        let time = time.map(|width| Linear::load(&scope.enter("time_emb_proj"), width, outputs)).transpose()?;
+        let shortcut = (inputs != outputs)
+            .then(|| Linear::load_conv1x1(&scope.enter("conv_shortcut"), inputs, outputs))
+            .transpose()?;
+        Ok(Self {
+            norm1: GroupNorm::load(&scope.enter("norm1"), inputs, groups, eps)?,
+            conv1: Conv2d::load(&scope.enter("conv1"), inputs, outputs, 1)?,
+            time,
+            norm2: GroupNorm::load(&scope.enter("norm2"), outputs, groups, eps)?,
+            conv2: Conv2d::load(&scope.enter("conv2"), outputs, outputs, 1)?,
+            shortcut,
+        })
+    }
+
+    /// `time` is the SiLU of the timestep embedding, `[B, width]`, where the block takes one.
+    pub(crate) fn record(&self, x: &Tensor, time: Option<&Tensor>) -> Result<(Tensor, ResnetTape)> {
+        let mut hidden = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
+        if let (Some(projection), Some(time)) = (&self.time, time) {
+            hidden = hidden.broadcast_add(&projection.forward(time)?.unsqueeze(2)?.unsqueeze(3)?)?;
+        }
+        let y = self.conv2.forward(&self.norm2.forward_silu(&hidden)?)?;
+        let y = match &self.shortcut {
+            Some(shortcut) => (shortcut.forward_channels(x)? + y)?,
+            None => (x + y)?,
+        };
+        Ok((y, ResnetTape { x: x.clone(), hidden }))
+    }
+
+    pub(crate) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+        Ok(self.record(x, time)?.0)
+    }
+
+    pub(crate) fn vjp(&self, tape: ResnetTape, dy: &Tensor) -> Result<Tensor> {
+        let ResnetTape { x, hidden } = tape;
+        let size = (x.dim(2)?, x.dim(3)?);
+        let d = self.norm2.vjp_silu(&hidden, &self.conv2.vjp(dy, size)?)?;
+        let d = self.norm1.vjp_silu(&x, &self.conv1.vjp(&d, size)?)?;
+        Ok(match &self.shortcut {
+            Some(shortcut) => (shortcut.vjp_channels(dy)? + d)?,
+            None => (dy + d)?,
+        })
+    }
+}

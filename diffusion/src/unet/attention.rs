@@ -1,0 +1,94 @@
+use candle_core::Tensor;
+
+use crate::layers::{Linear, attend, attend_vjp, merge_heads, split_heads};
+use crate::{Result, Scope};
+
+/// Keys and values in heads, `[B * heads, tokens, width]`.
+#[derive(Clone)]
+pub(super) struct KeysValues {
+    pub(super) keys: Tensor,
+    pub(super) values: Tensor,
+}
+
+/// Multi-head attention with the four projections that LoRA may change.
+pub(super) struct Attention {
+    /// Dotted path in the U-Net, such as `mid_block.attentions.0.transformer_blocks.0.attn1`.
+    pub(super) path: String,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    pub(super) heads: usize,
+    upcast: bool,
+}
+
+/// What the backward pass of one [`Attention`] needs, in heads.
+pub(super) struct AttentionTape {
+    queries: Tensor,
+    keys_values: KeysValues,
+}
+
+impl Attention {
+    /// `context` is the width of what keys and values are made from.
+    pub(super) fn load(scope: &Scope, channels: usize, context: usize, heads: usize, upcast: bool) -> Result<Self> {
+        Ok(Self {
+            path: scope.path().to_owned(),
+            to_q: Linear::load_no_bias(&scope.enter("to_q"), channels, channels)?,
+            to_k: Linear::load_no_bias(&scope.enter("to_k"), context, channels)?,
+            to_v: Linear::load_no_bias(&scope.enter("to_v"), context, channels)?,
+            to_out: Linear::load(&scope.enter("to_out.0"), channels, channels)?,
+            heads,
+            upcast,
+        })
+    }
+
+    /// Path and weight of each projection.
+    pub(super) fn projections(&self) -> [(String, &Tensor); 4] {
+        [("to_q", &self.to_q), ("to_k", &self.to_k), ("to_v", &self.to_v), ("to_out.0", &self.to_out)]
+            .map(|(name, linear)| (format!("{}.{name}", self.path), &linear.weight))
+    }
+
+    pub(super) fn projection_mut(&mut self, name: &str) -> Option<&mut Tensor> {
+        let linear = match name {
+            "to_q" => &mut self.to_q,
+            "to_k" => &mut self.to_k,
+            "to_v" => &mut self.to_v,
+            "to_out.0" => &mut self.to_out,
+            _ => return None,
+        };
+        Some(&mut linear.weight)
+    }
+
+    /// `[B, tokens, context]` to keys and values.
+    pub(super) fn keys_values(&self, context: &Tensor) -> Result<KeysValues> {
+        let keys = split_heads(&self.to_k.forward(context)?, self.heads)?;
+        Ok(KeysValues { keys, values: split_heads(&self.to_v.forward(context)?, self.heads)? })
+    }
+
+    pub(super) fn record(&self, x: &Tensor, keys_values: KeysValues) -> Result<(Tensor, AttentionTape)> {
+        let queries = split_heads(&self.to_q.forward(x)?, self.heads)?;
+        let y = attend(&queries, &keys_values.keys, &keys_values.values, self.upcast)?;
+        let y = self.to_out.forward(&merge_heads(&y, self.heads)?)?;
+        Ok((y, AttentionTape { queries, keys_values }))
+    }
+
+    /// The gradient for `x` where keys and values are fixed (cross-attention).
+    pub(super) fn vjp_queries(&self, tape: &AttentionTape, dy: &Tensor) -> Result<Tensor> {
+        Ok(self.vjp_heads(tape, dy, false)?.0)
+    }
+
+    /// The gradient for `x` where keys and values came from `x` too (self-attention).
+    pub(super) fn vjp_self(&self, tape: &AttentionTape, dy: &Tensor) -> Result<Tensor> {
+        let (dx, keys_values) = self.vjp_heads(tape, dy, true)?;
+        let (dk, dv) = keys_values.expect("asked for");
+        let dx = (dx + self.to_k.vjp(&merge_heads(&dk, self.heads)?)?)?;
+        Ok((dx + self.to_v.vjp(&merge_heads(&dv, self.heads)?)?)?)
+    }
+
+    fn vjp_heads(&self, tape: &AttentionTape, dy: &Tensor, keys: bool) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+        let dy = split_heads(&self.to_out.vjp(dy)?, self.heads)?;
+        let KeysValues { keys: k, values: v } = &tape.keys_values;
+        let (dq, dkv) = attend_vjp((&tape.queries, k, v), &dy, self.upcast, keys)?;
+        Ok((self.to_q.vjp(&merge_heads(&dq, self.heads)?)?, dkv))
+    }
+}

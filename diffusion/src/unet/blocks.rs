@@ -1,0 +1,225 @@
+//! Down, mid and up blocks: ResNet blocks, each followed by a transformer where the level has attention.
+
+use candle_core::Tensor;
+
+use super::config::UNetConfig;
+use super::text::{TextKeys, TextSlot};
+use super::transformer::{Transformer, TransformerTape};
+use crate::layers::{Conv2d, ResnetBlock, ResnetSizes, ResnetTape, upsample_nearest, upsample_nearest_vjp};
+use crate::{Result, Scope};
+
+/// What every block of one evaluation is conditioned on.
+#[derive(Clone, Copy)]
+pub(super) struct Condition<'a> {
+    /// SiLU of the timestep embedding, `[B, width]`.
+    pub(super) time: &'a Tensor,
+    pub(super) text: &'a TextKeys,
+}
+
+/// A ResNet block and the transformer after it.
+pub(super) struct Layer {
+    resnet: ResnetBlock,
+    pub(super) attention: Option<Transformer>,
+}
+
+pub(super) struct LayerTape {
+    resnet: ResnetTape,
+    attention: Option<TransformerTape>,
+}
+
+impl Layer {
+    fn record(&self, x: &Tensor, condition: Condition) -> Result<(Tensor, LayerTape)> {
+        let (mut x, resnet) = self.resnet.record(x, Some(condition.time))?;
+        let mut tape = LayerTape { resnet, attention: None };
+        if let Some(attention) = &self.attention {
+            let (y, kept) = attention.record(&x, condition.text)?;
+            (x, tape.attention) = (y, Some(kept));
+        }
+        Ok((x, tape))
+    }
+
+    fn vjp(&self, tape: LayerTape, dy: &Tensor) -> Result<Tensor> {
+        match (&self.attention, tape.attention) {
+            (Some(attention), Some(kept)) => self.resnet.vjp(tape.resnet, &attention.vjp(kept, dy)?),
+            _ => self.resnet.vjp(tape.resnet, dy),
+        }
+    }
+}
+
+fn resnet_sizes(config: &UNetConfig, inputs: usize, outputs: usize) -> ResnetSizes {
+    let (groups, eps) = (config.norm_num_groups, config.norm_eps);
+    ResnetSizes { inputs, outputs, groups, eps, time: Some(config.time_width()) }
+}
+
+/// One level on the way down; each layer's output, and the downsampler's, is kept for the skip connections.
+pub(super) struct DownBlock {
+    pub(super) layers: Vec<Layer>,
+    downsampler: Option<Conv2d>,
+}
+
+pub(super) struct DownTape {
+    layers: Vec<LayerTape>,
+    /// Size before the downsampler.
+    size: (usize, usize),
+}
+
+impl DownBlock {
+    pub(super) fn load(scope: &Scope, config: &UNetConfig, level: usize, slot: &mut TextSlot) -> Result<Self> {
+        let outputs = config.block_out_channels[level];
+        let mut inputs = config.block_out_channels[level.saturating_sub(1)];
+        let mut layers = Vec::new();
+        for i in 0..config.layers_per_block {
+            let sizes = resnet_sizes(config, inputs, outputs);
+            let resnet = ResnetBlock::load(&scope.enter(format_args!("resnets.{i}")), sizes)?;
+            let attention = config.down_attention[level]
+                .then(|| Transformer::load(&scope.enter(format_args!("attentions.{i}")), config, level, slot));
+            layers.push(Layer { resnet, attention: attention.transpose()? });
+            inputs = outputs;
+        }
+        let last = level + 1 == config.levels();
+        let downsampler =
+            (!last).then(|| Conv2d::load(&scope.enter("downsamplers.0.conv"), outputs, outputs, 2)).transpose()?;
+        Ok(Self { layers, downsampler })
+    }
+
+    pub(super) fn record(
+        &self,
+        x: &Tensor,
+        condition: Condition,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<(Tensor, DownTape)> {
+        let mut x = x.clone();
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let (y, tape) = layer.record(&x, condition)?;
+            x = y;
+            skips.push(x.clone());
+            layers.push(tape);
+        }
+        let size = (x.dim(2)?, x.dim(3)?);
+        if let Some(downsampler) = &self.downsampler {
+            x = downsampler.forward(&x)?;
+            skips.push(x.clone());
+        }
+        Ok((x, DownTape { layers, size }))
+    }
+
+    /// `skips` holds the gradients of the skip connections that were used, the coarsest on top.
+    pub(super) fn vjp(&self, tape: DownTape, mut d: Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+        if let Some(downsampler) = &self.downsampler {
+            d = downsampler.vjp(&add_skip(d, skips)?, tape.size)?;
+        }
+        for (layer, tape) in self.layers.iter().zip(tape.layers).rev() {
+            d = layer.vjp(tape, &add_skip(d, skips)?)?;
+        }
+        Ok(d)
+    }
+}
+
+/// The gradient of a down-path activation: from the next layer and, when it was used, from its skip connection.
+pub(super) fn add_skip(d: Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    Ok(match skips.pop() {
+        Some(skip) => (d + skip)?,
+        None => d,
+    })
+}
+
+/// ResNet block, then transformer and ResNet block.
+pub(super) struct MidBlock {
+    pub(super) layers: [Layer; 2],
+}
+
+pub(super) struct MidTape([LayerTape; 2]);
+
+impl MidBlock {
+    pub(super) fn load(scope: &Scope, config: &UNetConfig, slot: &mut TextSlot) -> Result<Self> {
+        let level = config.levels() - 1;
+        let channels = config.block_out_channels[level];
+        let resnet = |i| {
+            let sizes = resnet_sizes(config, channels, channels);
+            ResnetBlock::load(&scope.enter(format_args!("resnets.{i}")), sizes)
+        };
+        let attention = Some(Transformer::load(&scope.enter("attentions.0"), config, level, slot)?);
+        Ok(Self { layers: [Layer { resnet: resnet(0)?, attention }, Layer { resnet: resnet(1)?, attention: None }] })
+    }
+
+    pub(super) fn record(&self, x: &Tensor, condition: Condition) -> Result<(Tensor, MidTape)> {
+        let (x, first) = self.layers[0].record(x, condition)?;
+        let (x, second) = self.layers[1].record(&x, condition)?;
+        Ok((x, MidTape([first, second])))
+    }
+
+    pub(super) fn vjp(&self, MidTape([first, second]): MidTape, d: &Tensor) -> Result<Tensor> {
+        self.layers[0].vjp(first, &self.layers[1].vjp(second, d)?)
+    }
+}
+
+/// One level on the way up; each layer also takes the next skip connection.
+pub(super) struct UpBlock {
+    pub(super) layers: Vec<Layer>,
+    upsampler: Option<Conv2d>,
+}
+
+pub(super) struct UpTape {
+    layers: Vec<LayerTape>,
+    /// Channels of each layer's input that come from the block, before those of the skip connection.
+    channels: Vec<usize>,
+    /// Size after the upsampler.
+    size: (usize, usize),
+}
+
+impl UpBlock {
+    /// `index` counts from the coarsest level.
+    pub(super) fn load(scope: &Scope, config: &UNetConfig, index: usize, slot: &mut TextSlot) -> Result<Self> {
+        let level = config.levels() - 1 - index;
+        let widths = &config.block_out_channels;
+        let outputs = widths[level];
+        // The block comes in at the width of the level below; the last skip is that of the level above.
+        let mut inputs = widths[(level + 1).min(config.levels() - 1)];
+        let mut layers = Vec::new();
+        for i in 0..=config.layers_per_block {
+            let skip = if i == config.layers_per_block { widths[level.saturating_sub(1)] } else { outputs };
+            let sizes = resnet_sizes(config, inputs + skip, outputs);
+            let resnet = ResnetBlock::load(&scope.enter(format_args!("resnets.{i}")), sizes)?;
+            let attention = config.up_attention[index]
+                .then(|| Transformer::load(&scope.enter(format_args!("attentions.{i}")), config, level, slot));
+            layers.push(Layer { resnet, attention: attention.transpose()? });
+            inputs = outputs;
+        }
+        let upsampler =
+            (level > 0).then(|| Conv2d::load(&scope.enter("upsamplers.0.conv"), outputs, outputs, 1)).transpose()?;
+        Ok(Self { layers, upsampler })
+    }
+
+    pub(super) fn record(&self, x: &Tensor, condition: Condition, skips: &mut Vec<Tensor>) -> Result<(Tensor, UpTape)> {
+        let mut x = x.clone();
+        let (mut layers, mut channels) = (Vec::new(), Vec::new());
+        for layer in &self.layers {
+            let skip = skips.pop().expect("as many skips as layers take");
+            channels.push(x.dim(1)?);
+            let (y, tape) = layer.record(&Tensor::cat(&[x, skip], 1)?, condition)?;
+            x = y;
+            layers.push(tape);
+        }
+        let mut size = (x.dim(2)?, x.dim(3)?);
+        if let Some(upsampler) = &self.upsampler {
+            let next = skips.last().expect("a finer level has skips");
+            size = (next.dim(2)?, next.dim(3)?);
+            x = upsampler.forward(&upsample_nearest(&x, size)?)?;
+        }
+        Ok((x, UpTape { layers, channels, size }))
+    }
+
+    /// Pushes the gradients of the skip connections, the finest first.
+    pub(super) fn vjp(&self, tape: UpTape, mut d: Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+        if let Some(upsampler) = &self.upsampler {
+            d = upsample_nearest_vjp(&upsampler.vjp(&d, tape.size)?)?;
+        }
+        for ((layer, kept), channels) in self.layers.iter().zip(tape.layers).zip(tape.channels).rev() {
+            let both = layer.vjp(kept, &d)?;
+            skips.push(both.narrow(1, channels, both.dim(1)? - channels)?.contiguous()?);
+            d = both.narrow(1, 0, channels)?.contiguous()?;
+        }
+        Ok(d)
+    }
+}

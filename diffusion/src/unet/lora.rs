@@ -1,0 +1,91 @@
+//! Low-rank changes of the attention projections: `W + strength * scale * up @ down`, merged once and taken out again by
+//! putting the kept originals back, bit for bit.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Tensor};
+
+use super::UNet;
+use super::attention::Attention;
+use crate::{Error, Result};
+
+/// One low-rank change.
+#[derive(Debug, Clone)]
+pub struct LoraEntry {
+    /// Dotted path of the projection, such as `mid_block.attentions.0.transformer_blocks.0.attn2.to_k`.
+    pub module: String,
+    /// `[rank, in]`.
+    pub down: Tensor,
+    /// `[out, rank]`.
+    pub up: Tensor,
+    /// alpha / rank; 1 without alpha.
+    pub scale: f64,
+}
+
+/// The original weights of the projections that are changed now.
+#[derive(Default)]
+pub(super) struct Merged {
+    originals: HashMap<String, Tensor>,
+}
+
+impl UNet {
+    /// Adds the entries to the projections; several entries for one projection add up. All of them, or none: an unknown
+    /// module or an entry that does not fit is an error and changes nothing. Entries for blocks beyond the tap that this
+    /// U-Net was loaded to are skipped. Text keys computed before are no longer valid.
+    pub fn merge_lora(&mut self, entries: &[LoraEntry], strength: f64) -> Result<()> {
+        let absent = self.absent_prefixes();
+        let mut changed: HashMap<String, Tensor> = HashMap::new();
+        for entry in entries.iter().filter(|entry| !absent.iter().any(|prefix| entry.module.starts_with(prefix))) {
+            let current = match changed.get(&entry.module) {
+                Some(weight) => weight.clone(),
+                None => self.projection_mut(&entry.module)?.clone(),
+            };
+            changed.insert(entry.module.clone(), merge(&current, entry, strength)?);
+        }
+        for (module, weight) in changed {
+            let original = std::mem::replace(self.projection_mut(&module)?, weight);
+            self.lora.originals.entry(module).or_insert(original);
+        }
+        self.revision += 1;
+        Ok(())
+    }
+
+    /// Puts every original weight back. Text keys computed before are no longer valid.
+    pub fn restore_lora(&mut self) {
+        for (module, original) in std::mem::take(&mut self.lora.originals) {
+            *self.projection_mut(&module).expect("was found when it was merged") = original;
+        }
+        self.revision += 1;
+    }
+
+    /// Path and weight `[out, in]`, as it is now, of every attention projection that is loaded.
+    pub fn projections(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        self.attentions().flat_map(Attention::projections)
+    }
+
+    fn projection_mut(&mut self, module: &str) -> Result<&mut Tensor> {
+        let found = self.attentions_mut().find_map(|attention| {
+            let name = module.strip_prefix(attention.path.as_str())?.strip_prefix('.')?;
+            attention.projection_mut(name)
+        });
+        found.ok_or_else(|| Error::Input(format!("LoRA: this U-Net has no attention projection `{module}`")))
+    }
+}
+
+/// Formed in f32 (f64 for an f64 weight) and rounded once.
+fn merge(weight: &Tensor, entry: &LoraEntry, strength: f64) -> Result<Tensor> {
+    let (outputs, inputs) = weight.dims2()?;
+    match (entry.down.dims(), entry.up.dims()) {
+        ([rank, i], [o, r]) if rank == r && *i == inputs && *o == outputs => {}
+        (down, up) => {
+            return Err(Error::Input(format!(
+                "LoRA `{}`: down {down:?} and up {up:?} do not fit the weight [{outputs}, {inputs}]",
+                entry.module
+            )));
+        }
+    }
+    let wide = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let (down, up) = (entry.down.to_device(weight.device())?, entry.up.to_device(weight.device())?);
+    let change = up.to_dtype(wide)?.matmul(&down.to_dtype(wide)?)?;
+    Ok((weight.to_dtype(wide)? + (change * (strength * entry.scale))?)?.to_dtype(weight.dtype())?)
+}

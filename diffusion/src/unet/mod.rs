@@ -1,0 +1,272 @@
+//! The U-Net of Stable Diffusion 1.x and 2.x with hand-written input gradients.
+//!
+//! [`UNet::forward`] predicts noise. [`UNet::forward_to`] stops at a [`Tap`] and returns its activation with a [`Tape`];
+//! [`UNet::vjp`] turns a cotangent of that activation into the gradient for the latents. The weights are frozen, so the tape
+//! keeps only what the input gradient needs, and nothing is computed for blocks beyond the tap.
+
+mod attention;
+mod blocks;
+mod config;
+mod lora;
+mod tap;
+mod text;
+mod transformer;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+pub use config::UNetConfig;
+pub use lora::LoraEntry;
+pub use tap::Tap;
+pub use text::TextKeys;
+
+use crate::layers::{Conv2d, GroupNorm, TimestepEmbedding, silu};
+use crate::{Checkpoint, Error, Result, Scope};
+use attention::Attention;
+use blocks::{Condition, DownBlock, DownTape, Layer, MidBlock, MidTape, UpBlock, UpTape, add_skip};
+use text::TextSlot;
+
+/// A loaded U-Net, whole or up to a tap.
+pub struct UNet {
+    config: UNetConfig,
+    dtype: DType,
+    device: Device,
+    time_embedding: TimestepEmbedding,
+    conv_in: Conv2d,
+    down: Vec<DownBlock>,
+    mid: Option<MidBlock>,
+    up: Vec<UpBlock>,
+    out: Option<(GroupNorm, Conv2d)>,
+    lora: lora::Merged,
+    /// Counts changes of the weights, so that text keys made before a change are recognised.
+    revision: u64,
+}
+
+/// What the input gradient of one evaluation up to a tap needs. Each block's part is freed as the backward pass passes it.
+pub struct Tape {
+    tap: Tap,
+    activation: Vec<usize>,
+    size: (usize, usize),
+    down: Vec<DownTape>,
+    mid: Option<MidTape>,
+    up: Vec<UpTape>,
+}
+
+impl Tape {
+    /// The tap that this evaluation stopped at.
+    pub fn tap(&self) -> Tap {
+        self.tap
+    }
+
+    /// The shape `[B, C, h, w]` of its activation, and of the cotangent that [`UNet::vjp`] takes.
+    pub fn activation_shape(&self) -> &[usize] {
+        &self.activation
+    }
+}
+
+impl UNet {
+    /// Loads the `unet` folder of a diffusers pipeline.
+    pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
+        Self::load_blocks(folder, None, dtype, device)
+    }
+
+    /// Loads no more than [`Self::forward_to`] that tap needs.
+    pub fn load_to(folder: &Path, tap: &str, dtype: DType, device: &Device) -> Result<Self> {
+        Self::load_blocks(folder, Some(tap), dtype, device)
+    }
+
+    fn load_blocks(folder: &Path, tap: Option<&str>, dtype: DType, device: &Device) -> Result<Self> {
+        let config = UNetConfig::load(&folder.join("config.json"))?;
+        let tap = tap.map(|name| config.tap(name)).transpose()?;
+        let checkpoint = Checkpoint::open(&crate::checkpoint::diffusers_weights(folder)?, dtype, device)?;
+        let unet = Self::build(&checkpoint.root(), config, tap)?;
+        for prefix in unet.absent_prefixes() {
+            checkpoint.ignore_below(&prefix);
+        }
+        checkpoint.finish()?;
+        Ok(unet)
+    }
+
+    fn build(root: &Scope, config: UNetConfig, end: Option<Tap>) -> Result<Self> {
+        let widths = &config.block_out_channels;
+        let reached = |tap: Tap| end.is_none_or(|end| tap <= end);
+        let mut slot = TextSlot::default();
+        let mut down = Vec::new();
+        for level in (0..config.levels()).filter(|i| reached(Tap::Down(*i))) {
+            down.push(DownBlock::load(&root.enter(format_args!("down_blocks.{level}")), &config, level, &mut slot)?);
+        }
+        let mid =
+            reached(Tap::Mid).then(|| MidBlock::load(&root.enter("mid_block"), &config, &mut slot)).transpose()?;
+        let mut up = Vec::new();
+        for index in (0..config.levels()).filter(|i| reached(Tap::Up(*i))) {
+            up.push(UpBlock::load(&root.enter(format_args!("up_blocks.{index}")), &config, index, &mut slot)?);
+        }
+        let out = || -> Result<_> {
+            let norm =
+                GroupNorm::load(&root.enter("conv_norm_out"), widths[0], config.norm_num_groups, config.norm_eps)?;
+            Ok((norm, Conv2d::load(&root.enter("conv_out"), widths[0], config.out_channels, 1)?))
+        };
+        Ok(Self {
+            dtype: root.dtype(),
+            device: root.device().clone(),
+            time_embedding: TimestepEmbedding::load(
+                &root.enter("time_embedding"),
+                widths[0],
+                config.time_width(),
+                config.flip_sin_to_cos,
+                config.freq_shift,
+            )?,
+            conv_in: Conv2d::load(&root.enter("conv_in"), config.in_channels, widths[0], 1)?,
+            out: end.is_none().then(out).transpose()?,
+            down,
+            mid,
+            up,
+            lora: lora::Merged::default(),
+            revision: 0,
+            config,
+        })
+    }
+
+    /// Sizes of the model.
+    pub fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    /// The dtype that the model computes in; inputs are converted to it.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device that the model is on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Predicts the noise (or v) in latents `[B, in_channels, h, w]` at one timestep per item: `[B, out_channels, h, w]`.
+    pub fn forward(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<Tensor> {
+        let Some((norm, conv)) = &self.out else {
+            return Err(Error::Input("this U-Net was loaded up to a tap only and cannot predict noise".into()));
+        };
+        let (x, _) = self.run(latents, timesteps, text, None)?;
+        conv.forward(&norm.forward_silu(&x)?)
+    }
+
+    /// The activation `[B, C, h, w]` of a tap and what its gradient needs.
+    pub fn forward_to(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys, tap: Tap) -> Result<(Tensor, Tape)> {
+        let loaded = match tap {
+            Tap::Down(i) => i < self.down.len(),
+            Tap::Mid => self.mid.is_some(),
+            Tap::Up(i) => i < self.up.len(),
+        };
+        if !loaded {
+            return Err(Error::Input(format!("tap {tap} is not loaded")));
+        }
+        let (activation, tape) = self.run(latents, timesteps, text, Some(tap))?;
+        Ok((activation, tape.expect("recorded because a tap was given")))
+    }
+
+    /// The gradient of `sum(cotangent * activation)` for the latents, in their shape `[B, in_channels, h, w]`.
+    pub fn vjp(&self, tape: Tape, cotangent: &Tensor) -> Result<Tensor> {
+        if cotangent.dims() != tape.activation {
+            let (found, expected) = (cotangent.dims(), &tape.activation);
+            return Err(Error::Input(format!("cotangent has shape {found:?}, the activation {expected:?}")));
+        }
+        let mut d = cotangent.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;
+        let mut skips = Vec::new();
+        for (block, tape) in self.up.iter().zip(tape.up).rev() {
+            d = block.vjp(tape, d, &mut skips)?;
+        }
+        if let (Some(block), Some(tape)) = (&self.mid, tape.mid) {
+            d = block.vjp(tape, &d)?;
+        }
+        for (block, tape) in self.down.iter().zip(tape.down).rev() {
+            d = block.vjp(tape, d, &mut skips)?;
+        }
+        self.conv_in.vjp(&add_skip(d, &mut skips)?, tape.size)
+    }
+
+    /// Runs to the tap, recording, or to the last block, where each block's tape is dropped at once.
+    fn run(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f64],
+        text: &TextKeys,
+        end: Option<Tap>,
+    ) -> Result<(Tensor, Option<Tape>)> {
+        self.check_inputs(latents, timesteps, text)?;
+        let time = silu(&self.time_embedding.forward(timesteps)?)?;
+        let condition = Condition { time: &time, text };
+        let reached = |tap: Tap| end.is_none_or(|end| tap <= end);
+        let size = (latents.dim(2)?, latents.dim(3)?);
+        let (mut down_tapes, mut mid_tape, mut up_tapes) = (Vec::new(), None, Vec::new());
+
+        let mut x = self.conv_in.forward(&latents.to_dtype(self.dtype)?.to_device(&self.device)?)?;
+        let mut skips = vec![x.clone()];
+        for (i, block) in self.down.iter().enumerate().take_while(|(i, _)| reached(Tap::Down(*i))) {
+            let (y, tape) = block.record(&x, condition, &mut skips)?;
+            x = y;
+            down_tapes.extend(end.map(|_| (i, tape).1));
+        }
+        if let Some(block) = self.mid.as_ref().filter(|_| reached(Tap::Mid)) {
+            let (y, tape) = block.record(&x, condition)?;
+            x = y;
+            mid_tape = end.map(|_| tape);
+        }
+        for (_, block) in self.up.iter().enumerate().take_while(|(i, _)| reached(Tap::Up(*i))) {
+            let (y, tape) = block.record(&x, condition, &mut skips)?;
+            x = y;
+            up_tapes.extend(end.map(|_| tape));
+        }
+        let activation = x.dims().to_vec();
+        let tape = end.map(|tap| Tape { tap, activation, size, down: down_tapes, mid: mid_tape, up: up_tapes });
+        Ok((x, tape))
+    }
+
+    fn check_inputs(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<()> {
+        let channels = self.config.in_channels;
+        let batch = match latents.dims() {
+            [batch, found, h, w] if *found == channels && *h > 0 && *w > 0 => *batch,
+            found => {
+                return Err(Error::Input(format!("latents have shape {found:?}, expected [batch, {channels}, h, w]")));
+            }
+        };
+        if timesteps.len() != batch {
+            return Err(Error::Input(format!("{} timesteps for a batch of {batch}", timesteps.len())));
+        }
+        if text.batch() != batch {
+            return Err(Error::Input(format!("{} texts for a batch of {batch}", text.batch())));
+        }
+        if text.revision != self.revision {
+            return Err(Error::Input("text keys are from before the weights changed; compute them again".into()));
+        }
+        Ok(())
+    }
+
+    fn layers(&self) -> impl Iterator<Item = &Layer> {
+        let (down, mid) = (self.down.iter().flat_map(|b| &b.layers), self.mid.iter().flat_map(|b| &b.layers));
+        down.chain(mid).chain(self.up.iter().flat_map(|b| &b.layers))
+    }
+
+    /// Every attention that is loaded, in the order of computation: self, cross, self, cross, ...
+    fn attentions(&self) -> impl Iterator<Item = &Attention> {
+        self.layers().filter_map(|layer| layer.attention.as_ref()).flat_map(|transformer| transformer.attentions())
+    }
+
+    fn attentions_mut(&mut self) -> impl Iterator<Item = &mut Attention> {
+        let down = self.down.iter_mut().flat_map(|b| &mut b.layers);
+        let layers = down.chain(self.mid.iter_mut().flat_map(|b| &mut b.layers));
+        let layers = layers.chain(self.up.iter_mut().flat_map(|b| &mut b.layers));
+        layers.filter_map(|layer| layer.attention.as_mut()).flat_map(|transformer| transformer.attentions_mut())
+    }
+
+    /// Path prefixes of the blocks that the configuration has but that were not loaded.
+    fn absent_prefixes(&self) -> Vec<String> {
+        let levels = self.config.levels();
+        let down = (self.down.len()..levels).map(|i| format!("down_blocks.{i}."));
+        let mid = self.mid.is_none().then(|| "mid_block.".to_owned());
+        let up = (self.up.len()..levels).map(|i| format!("up_blocks.{i}."));
+        let out = self.out.is_none().then_some(["conv_norm_out.".to_owned(), "conv_out.".to_owned()]);
+        down.chain(mid).chain(up).chain(out.into_iter().flatten()).collect()
+    }
+}

@@ -1,0 +1,68 @@
+//! Keys and values of the text, computed once per run: they depend on the prompt and the weights, not on the latents.
+
+use super::UNet;
+use super::attention::KeysValues;
+use candle_core::Tensor;
+
+use crate::{Error, Result};
+
+/// The place of one cross-attention among all, in the order of computation.
+#[derive(Clone, Copy, Default)]
+pub(super) struct TextSlot(usize);
+
+impl TextSlot {
+    /// The next free place.
+    pub(super) fn take(&mut self) -> Self {
+        let slot = *self;
+        self.0 += 1;
+        slot
+    }
+}
+
+/// A batch of texts as every cross-attention of one U-Net sees them. Computed by [`UNet::text`]; valid until the U-Net's
+/// weights change.
+#[derive(Clone)]
+pub struct TextKeys {
+    slots: Vec<(usize, KeysValues)>,
+    batch: usize,
+    pub(super) revision: u64,
+}
+
+impl TextKeys {
+    /// Number of texts.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// The texts `start .. start + len` alone.
+    pub fn rows(&self, start: usize, len: usize) -> Result<Self> {
+        let rows = |t: &Tensor, heads: usize| -> Result<Tensor> { Ok(t.narrow(0, start * heads, len * heads)?) };
+        let narrow = |(heads, kv): &(usize, KeysValues)| -> Result<_> {
+            Ok((*heads, KeysValues { keys: rows(&kv.keys, *heads)?, values: rows(&kv.values, *heads)? }))
+        };
+        let slots = self.slots.iter().map(narrow).collect::<Result<_>>()?;
+        Ok(Self { slots, batch: len, revision: self.revision })
+    }
+
+    pub(super) fn at(&self, slot: TextSlot) -> KeysValues {
+        self.slots[slot.0].1.clone()
+    }
+}
+
+impl UNet {
+    /// Prepares text embeddings `[B, tokens, cross_attention_dim]` for [`UNet::forward`] and [`UNet::forward_to`].
+    pub fn text(&self, context: &Tensor) -> Result<TextKeys> {
+        let width = self.config.cross_attention_dim;
+        match context.dims() {
+            [_, _, found] if *found == width => {}
+            found => {
+                let message = format!("text embeddings have shape {found:?}, expected [batch, tokens, {width}]");
+                return Err(Error::Input(message));
+            }
+        }
+        let context = context.to_dtype(self.dtype)?.to_device(&self.device)?;
+        let cross = self.attentions().skip(1).step_by(2); // attn1, attn2, attn1, ...
+        let slots = cross.map(|attn2| Ok((attn2.heads, attn2.keys_values(&context)?))).collect::<Result<_>>()?;
+        Ok(TextKeys { slots, batch: context.dim(0)?, revision: self.revision })
+    }
+}

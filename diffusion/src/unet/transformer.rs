@@ -1,0 +1,140 @@
+use candle_core::Tensor;
+
+use super::attention::{Attention, AttentionTape};
+use super::config::UNetConfig;
+use super::text::{TextKeys, TextSlot};
+use crate::layers::{GroupNorm, LayerNorm, Linear, geglu, geglu_vjp};
+use crate::{Result, Scope};
+
+/// Group norm, projection to tokens, transformer blocks, projection back, residual: diffusers' `Transformer2DModel`.
+pub(super) struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<TransformerBlock>,
+    proj_out: Linear,
+}
+
+/// What the backward pass of one [`Transformer`] needs.
+pub(super) struct TransformerTape {
+    x: Tensor,
+    blocks: Vec<BlockTape>,
+}
+
+impl Transformer {
+    /// The group norm of a transformer has its own epsilon, whatever the configuration's `norm_eps`.
+    const EPS: f64 = 1e-6;
+
+    pub(super) fn load(scope: &Scope, config: &UNetConfig, level: usize, slot: &mut TextSlot) -> Result<Self> {
+        let channels = config.block_out_channels[level];
+        let projection = |name: &str| match config.use_linear_projection {
+            true => Linear::load(&scope.enter(name), channels, channels),
+            false => Linear::load_conv1x1(&scope.enter(name), channels, channels),
+        };
+        let blocks = (0..config.transformer_layers)
+            .map(|i| TransformerBlock::load(&scope.enter(format_args!("transformer_blocks.{i}")), config, level, slot));
+        Ok(Self {
+            norm: GroupNorm::load(&scope.enter("norm"), channels, config.norm_num_groups, Self::EPS)?,
+            proj_in: projection("proj_in")?,
+            blocks: blocks.collect::<Result<_>>()?,
+            proj_out: projection("proj_out")?,
+        })
+    }
+
+    pub(super) fn record(&self, x: &Tensor, text: &TextKeys) -> Result<(Tensor, TransformerTape)> {
+        let mut tokens = self.proj_in.forward(&to_tokens(&self.norm.forward(x)?)?)?;
+        let mut tapes = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let (y, tape) = block.record(&tokens, text)?;
+            tokens = y;
+            tapes.push(tape);
+        }
+        let y = (to_image(&self.proj_out.forward(&tokens)?, x)? + x)?;
+        Ok((y, TransformerTape { x: x.clone(), blocks: tapes }))
+    }
+
+    pub(super) fn vjp(&self, tape: TransformerTape, dy: &Tensor) -> Result<Tensor> {
+        let mut d = self.proj_out.vjp(&to_tokens(dy)?)?;
+        for (block, tape) in self.blocks.iter().zip(tape.blocks).rev() {
+            d = block.vjp(tape, &d)?;
+        }
+        let d = to_image(&self.proj_in.vjp(&d)?, &tape.x)?;
+        Ok((self.norm.vjp(&tape.x, &d)? + dy)?)
+    }
+
+    pub(super) fn attentions(&self) -> impl Iterator<Item = &Attention> {
+        self.blocks.iter().flat_map(|block| [&block.attn1, &block.attn2])
+    }
+
+    pub(super) fn attentions_mut(&mut self) -> impl Iterator<Item = &mut Attention> {
+        self.blocks.iter_mut().flat_map(|block| [&mut block.attn1, &mut block.attn2])
+    }
+}
+
+/// `[B, C, h, w]` to `[B, h w, C]`.
+fn to_tokens(x: &Tensor) -> Result<Tensor> {
+    Ok(x.flatten_from(2)?.transpose(1, 2)?.contiguous()?)
+}
+
+/// `[B, h w, C]` to the shape of `like`.
+fn to_image(x: &Tensor, like: &Tensor) -> Result<Tensor> {
+    Ok(x.transpose(1, 2)?.contiguous()?.reshape(like.shape())?)
+}
+
+/// Self-attention, cross-attention and a GEGLU feed-forward, each after a layer norm and with a residual.
+struct TransformerBlock {
+    norm1: LayerNorm,
+    attn1: Attention,
+    norm2: LayerNorm,
+    attn2: Attention,
+    norm3: LayerNorm,
+    ff_in: Linear,
+    ff_out: Linear,
+    slot: TextSlot,
+}
+
+struct BlockTape {
+    x1: Tensor,
+    attn1: AttentionTape,
+    x2: Tensor,
+    attn2: AttentionTape,
+    x3: Tensor,
+    hidden: Tensor,
+}
+
+impl TransformerBlock {
+    fn load(scope: &Scope, config: &UNetConfig, level: usize, slot: &mut TextSlot) -> Result<Self> {
+        let channels = config.block_out_channels[level];
+        let (heads, upcast, eps) = (config.heads[level], config.upcast_attention, 1e-5);
+        let attention = |name, context| Attention::load(&scope.enter(name), channels, context, heads, upcast);
+        let norm = |name| LayerNorm::load(&scope.enter(name), channels, eps);
+        Ok(Self {
+            norm1: norm("norm1")?,
+            attn1: attention("attn1", channels)?,
+            norm2: norm("norm2")?,
+            attn2: attention("attn2", config.cross_attention_dim)?,
+            norm3: norm("norm3")?,
+            ff_in: Linear::load(&scope.enter("ff.net.0.proj"), channels, 8 * channels)?,
+            ff_out: Linear::load(&scope.enter("ff.net.2"), 4 * channels, channels)?,
+            slot: slot.take(),
+        })
+    }
+
+    fn record(&self, x: &Tensor, text: &TextKeys) -> Result<(Tensor, BlockTape)> {
+        let x1 = x.clone();
+        let normal = self.norm1.forward(&x1)?;
+        let (y, attn1) = self.attn1.record(&normal, self.attn1.keys_values(&normal)?)?;
+        let x2 = (&x1 + y)?;
+        let (y, attn2) = self.attn2.record(&self.norm2.forward(&x2)?, text.at(self.slot))?;
+        let x3 = (&x2 + y)?;
+        let hidden = self.ff_in.forward(&self.norm3.forward(&x3)?)?;
+        let y = (&x3 + self.ff_out.forward(&geglu(&hidden)?)?)?;
+        Ok((y, BlockTape { x1, attn1, x2, attn2, x3, hidden }))
+    }
+
+    fn vjp(&self, tape: BlockTape, dy: &Tensor) -> Result<Tensor> {
+        let d = self.ff_in.vjp(&geglu_vjp(&tape.hidden, &self.ff_out.vjp(dy)?)?)?;
+        let d3 = (dy + self.norm3.vjp(&tape.x3, &d)?)?;
+        let d2 = (&d3 + self.norm2.vjp(&tape.x2, &self.attn2.vjp_queries(&tape.attn2, &d3)?)?)?;
+        Ok((&d2 + self.norm1.vjp(&tape.x1, &self.attn1.vjp_self(&tape.attn1, &d2)?)?)?)
+    }
+}
