@@ -124,15 +124,3 @@ impl Scope<'_> {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
 }
-
-/// The weights of a diffusers component: `diffusion_pytorch_model.safetensors`, else its `.fp16` variant.
-pub(crate) fn diffusers_weights(folder: &Path) -> Result<PathBuf> {
-    weights_file(folder, "diffusion_pytorch_model")
-}
-
-/// `<stem>.safetensors`, else `<stem>.fp16.safetensors`.
-pub(crate) fn weights_file(folder: &Path, stem: &str) -> Result<PathBuf> {
-    let names = [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")];
-    let found = names.iter().map(|name| folder.join(name)).find(|path| path.is_file());
-    found.ok_or_else(|| Error::file(folder, format!("neither {} nor {} is there", names[0], names[1])))
-}

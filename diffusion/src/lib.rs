@@ -5,10 +5,17 @@
 //! read: a checkpoint must not be rewritten while it is being loaded.
 
 mod checkpoint;
+mod config;
 mod error;
 mod layers;
+pub mod scheduler;
+#[cfg(test)]
+mod testing;
+pub mod text;
 mod unet;
+mod vae;
 
 pub use checkpoint::{Checkpoint, Scope};
 pub use error::{Error, Result};
 pub use unet::{LoraEntry, Tap, Tape, TextKeys, UNet, UNetConfig};
+pub use vae::{LatentDistribution, Vae, VaeConfig};

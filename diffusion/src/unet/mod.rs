@@ -21,6 +21,7 @@ pub use lora::LoraEntry;
 pub use tap::Tap;
 pub use text::TextKeys;
 
+use crate::config::weights_file;
 use crate::layers::{Conv2d, GroupNorm, TimestepEmbedding, silu};
 use crate::{Checkpoint, Error, Result, Scope};
 use attention::Attention;
@@ -79,7 +80,7 @@ impl UNet {
     fn load_blocks(folder: &Path, tap: Option<&str>, dtype: DType, device: &Device) -> Result<Self> {
         let config = UNetConfig::load(&folder.join("config.json"))?;
         let tap = tap.map(|name| config.tap(name)).transpose()?;
-        let checkpoint = Checkpoint::open(&crate::checkpoint::diffusers_weights(folder)?, dtype, device)?;
+        let checkpoint = Checkpoint::open(&weights_file(folder, "diffusion_pytorch_model")?, dtype, device)?;
         let unet = Self::build(&checkpoint.root(), config, tap)?;
         for prefix in unet.absent_prefixes() {
             checkpoint.ignore_below(&prefix);

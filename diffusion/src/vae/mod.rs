@@ -1,9 +1,9 @@
 //! The autoencoder between pixels and latents: diffusers' `AutoencoderKL`, with or without attention in the middle.
 
-mod mid;
 mod config;
 mod decoder;
 mod encoder;
+mod mid;
 
 use std::path::Path;
 
@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use config::VaeConfig;
 
+use crate::config::weights_file;
 use crate::layers::Linear;
 use crate::{Checkpoint, Error, Result};
 use decoder::Decoder;
@@ -40,7 +41,7 @@ impl Vae {
     /// Loads the `vae` folder of a diffusers pipeline.
     pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let config = VaeConfig::load(&folder.join("config.json"))?;
-        let checkpoint = Checkpoint::open(&crate::checkpoint::diffusers_weights(folder)?, dtype, device)?;
+        let checkpoint = Checkpoint::open(&weights_file(folder, "diffusion_pytorch_model")?, dtype, device)?;
         let root = checkpoint.root();
         let channels = config.latent_channels;
         let conv1x1 = |name: &str, channels: usize| Linear::load_conv1x1(&root.enter(name), channels, channels);
@@ -69,8 +70,9 @@ impl Vae {
             [_, channels, h, w] if *channels == self.config.in_channels && h % scale == 0 && w % scale == 0 => {}
             found => {
                 let channels = self.config.in_channels;
-                let message =
-                    format!("images have shape {found:?}, expected [batch, {channels}, H, W] with sides divisible by {scale}");
+                let message = format!(
+                    "images have shape {found:?}, expected [batch, {channels}, H, W] with sides divisible by {scale}"
+                );
                 return Err(Error::Input(message));
             }
         }

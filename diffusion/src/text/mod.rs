@@ -1,0 +1,9 @@
+//! From a prompt to what conditions the U-Net: CLIP's tokenizer and CLIP's text encoder.
+
+mod encoder;
+mod layer;
+mod special_tokens;
+mod tokenizer;
+
+pub use encoder::{TextEmbedding, TextEncoder};
+pub use tokenizer::{Tokenizer, Tokens};
