@@ -1,7 +1,7 @@
-//! Named tensors from a memory-mapped safetensors file, with every name accounted for.
+//! Named tensors from a file, with every name accounted for.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::MmapedSafetensors;
@@ -9,25 +9,40 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
-/// An open safetensors file. Tensors are converted to one dtype and device as they are taken; [`Checkpoint::finish`]
-/// fails when some were never asked for.
+/// The tensors of one file. They are converted to one dtype and device as they are taken; [`Checkpoint::finish`] fails when
+/// some were never asked for.
 pub struct Checkpoint {
-    file: MmapedSafetensors,
+    source: Source,
     path: PathBuf,
     dtype: DType,
     device: Device,
     taken: RefCell<BTreeSet<String>>,
 }
 
+enum Source {
+    Mapped(MmapedSafetensors),
+    Loaded(HashMap<String, Tensor>),
+}
+
 impl Checkpoint {
-    /// Maps `path`; its tensors (f32, f16, bf16 or f64 in the file) are delivered as `dtype` on `device`.
+    /// Maps the safetensors file `path`; its tensors (f32, f16, bf16 or f64 in the file) are delivered as `dtype` on
+    /// `device`.
     pub fn open(path: &Path, dtype: DType, device: &Device) -> Result<Self> {
         std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
         // SAFETY: mapping is sound as long as nobody truncates or rewrites the file while it is open; a checkpoint in use
         // is read-only by contract (see the crate's documentation), as in every runtime that maps weights.
         let file = unsafe { MmapedSafetensors::new(path) }
             .map_err(|e| Error::file(path, format!("not a readable safetensors file: {e}")))?;
-        Ok(Self { file, path: path.to_owned(), dtype, device: device.clone(), taken: RefCell::default() })
+        Ok(Self::new(path, Source::Mapped(file), dtype, device))
+    }
+
+    /// Tensors that were read from `path` by other means, under the same rules.
+    pub fn from_tensors(path: &Path, tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
+        Self::new(path, Source::Loaded(tensors), dtype, device)
+    }
+
+    fn new(path: &Path, source: Source, dtype: DType, device: &Device) -> Self {
+        Self { source, path: path.to_owned(), dtype, device: device.clone(), taken: RefCell::default() }
     }
 
     /// The file's path.
@@ -40,6 +55,16 @@ impl Checkpoint {
         Scope { checkpoint: self, prefix: String::new() }
     }
 
+    /// All names, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = match &self.source {
+            Source::Mapped(file) => file.tensors().into_iter().map(|(name, _)| name).collect(),
+            Source::Loaded(tensors) => tensors.keys().cloned().collect(),
+        };
+        names.sort();
+        names
+    }
+
     /// Marks a tensor as known although no layer reads it (buffers that old files carry, such as `position_ids`).
     pub fn ignore(&self, name: &str) {
         self.taken.borrow_mut().insert(name.to_owned());
@@ -47,24 +72,38 @@ impl Checkpoint {
 
     /// The same for every tensor whose name starts with `prefix`.
     pub fn ignore_below(&self, prefix: &str) {
-        let names = self.file.tensors().into_iter().map(|(name, _)| name).filter(|name| name.starts_with(prefix));
-        self.taken.borrow_mut().extend(names);
+        self.taken.borrow_mut().extend(self.names().into_iter().filter(|name| name.starts_with(prefix)));
     }
 
     /// Succeeds when every tensor in the file was taken or ignored.
     pub fn finish(self) -> Result<()> {
-        let taken = self.taken.into_inner();
-        let mut left: Vec<_> = self.file.tensors().into_iter().filter(|(name, _)| !taken.contains(name)).collect();
-        left.sort_by(|a, b| a.0.cmp(&b.0));
+        let names = self.names();
+        let taken = self.taken.borrow();
+        let left: Vec<_> = names.into_iter().filter(|name| !taken.contains(name)).collect();
         match left.first() {
             None => Ok(()),
-            Some((name, view)) => Err(Error::UnexpectedTensor {
-                path: self.path,
+            Some(name) => Err(Error::UnexpectedTensor {
+                path: self.path.clone(),
                 name: name.clone(),
-                found: view.shape().to_vec(),
+                found: self.shape(name).unwrap_or_default(),
                 count: left.len(),
             }),
         }
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match &self.source {
+            Source::Mapped(file) => file.get(name).ok().map(|view| view.shape().to_vec()),
+            Source::Loaded(tensors) => tensors.get(name).map(|tensor| tensor.dims().to_vec()),
+        }
+    }
+
+    fn load(&self, name: &str) -> candle_core::Result<Tensor> {
+        match &self.source {
+            Source::Mapped(file) => file.load(name, &self.device)?,
+            Source::Loaded(tensors) => tensors[name].to_device(&self.device)?,
+        }
+        .to_dtype(self.dtype)
     }
 }
 
@@ -98,25 +137,26 @@ impl Scope<'_> {
 
     /// Whether the file has a tensor of this name here.
     pub fn contains(&self, name: &str) -> bool {
-        self.checkpoint.file.get(&self.full(name)).is_ok()
+        self.shape(name).is_some()
+    }
+
+    /// The shape of a tensor in the file; `None` when it is not there.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.checkpoint.shape(&self.full(name))
     }
 
     /// Takes a tensor of exactly `shape`.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let name = self.full(name);
-        let Checkpoint { file, path, dtype, device, taken } = self.checkpoint;
-        let Ok(view) = file.get(&name) else {
-            return Err(Error::MissingTensor { path: path.clone(), name, expected: shape.to_vec() });
+        let path = || self.checkpoint.path.clone();
+        let Some(found) = self.checkpoint.shape(&name) else {
+            return Err(Error::MissingTensor { path: path(), name, expected: shape.to_vec() });
         };
-        if view.shape() != shape {
-            let found = view.shape().to_vec();
-            return Err(Error::TensorShape { path: path.clone(), name, expected: shape.to_vec(), found });
+        if found != shape {
+            return Err(Error::TensorShape { path: path(), name, expected: shape.to_vec(), found });
         }
-        let tensor = file
-            .load(&name, device)
-            .and_then(|t| t.to_dtype(*dtype))
-            .map_err(|e| Error::file(path, format!("tensor `{name}`: {e}")))?;
-        taken.borrow_mut().insert(name);
+        let tensor = self.checkpoint.load(&name).map_err(|e| Error::file(path(), format!("tensor `{name}`: {e}")))?;
+        self.checkpoint.taken.borrow_mut().insert(name);
         Ok(tensor)
     }
 

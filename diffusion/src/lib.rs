@@ -8,6 +8,7 @@ mod checkpoint;
 mod config;
 mod error;
 mod layers;
+mod pipeline;
 pub mod scheduler;
 #[cfg(test)]
 mod testing;
@@ -17,5 +18,7 @@ mod vae;
 
 pub use checkpoint::{Checkpoint, Scope};
 pub use error::{Error, Result};
+pub use layers::timestep_sinusoid;
+pub use pipeline::{Pipeline, TextModel};
 pub use unet::{LoraEntry, Tap, Tape, TextKeys, UNet, UNetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

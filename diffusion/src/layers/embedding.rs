@@ -33,25 +33,33 @@ impl TimestepEmbedding {
     /// Timesteps (may be fractional), one per item, to `[B, width]`.
     pub(crate) fn forward(&self, timesteps: &[f64]) -> Result<Tensor> {
         let weight = &self.linear_1.weight;
-        let wave = self.sinusoid(timesteps, weight.device())?.to_dtype(weight.dtype())?;
-        self.linear_2.forward(&silu(&self.linear_1.forward(&wave)?)?)
+        let wave = timestep_sinusoid(timesteps, self.channels, self.flip_sin_to_cos, self.freq_shift, weight.device())?;
+        self.linear_2.forward(&silu(&self.linear_1.forward(&wave.to_dtype(weight.dtype())?)?)?)
     }
+}
 
-    /// In f32 throughout, whatever the model's dtype, as diffusers computes it.
-    fn sinusoid(&self, timesteps: &[f64], device: &Device) -> Result<Tensor> {
-        let half = self.channels / 2;
-        let exponent = -(10_000f32.ln());
-        let mut wave = Vec::with_capacity(timesteps.len() * self.channels);
-        for &t in timesteps {
-            let angle = |i: usize| t as f32 * (exponent * i as f32 / (half as f32 - self.freq_shift as f32)).exp();
-            let (sin, cos) = ((0..half).map(|i| angle(i).sin()), (0..half).map(|i| angle(i).cos()));
-            if self.flip_sin_to_cos {
-                wave.extend(cos.chain(sin))
-            } else {
-                wave.extend(sin.chain(cos))
-            }
-            wave.resize(wave.len() + self.channels % 2, 0.);
+/// The sinusoid `[B, channels]` of timesteps, in f32 throughout, as diffusers computes it. The sine half comes first, or
+/// with `flip_sin_to_cos` the cosine half; `freq_shift` is subtracted from the number of frequencies that the exponent is
+/// divided by.
+pub fn timestep_sinusoid(
+    timesteps: &[f64],
+    channels: usize,
+    flip_sin_to_cos: bool,
+    freq_shift: f64,
+    device: &Device,
+) -> Result<Tensor> {
+    let half = channels / 2;
+    let exponent = -(10_000f32.ln());
+    let mut wave = Vec::with_capacity(timesteps.len() * channels);
+    for &t in timesteps {
+        let angle = |i: usize| t as f32 * (exponent * i as f32 / (half as f32 - freq_shift as f32)).exp();
+        let (sin, cos) = ((0..half).map(|i| angle(i).sin()), (0..half).map(|i| angle(i).cos()));
+        if flip_sin_to_cos {
+            wave.extend(cos.chain(sin))
+        } else {
+            wave.extend(sin.chain(cos))
         }
-        Ok(Tensor::from_vec(wave, (timesteps.len(), self.channels), device)?)
+        wave.resize(wave.len() + channels % 2, 0.);
     }
+    Ok(Tensor::from_vec(wave, (timesteps.len(), channels), device)?)
 }

@@ -18,6 +18,7 @@ pub(crate) use activation::{geglu, geglu_vjp, silu};
 pub(crate) use attention::{attend, attend_vjp, merge_heads, split_heads};
 pub(crate) use conv::Conv2d;
 pub(crate) use embedding::TimestepEmbedding;
+pub use embedding::timestep_sinusoid;
 pub(crate) use linear::Linear;
 pub(crate) use norm::{GroupNorm, LayerNorm};
 pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};
