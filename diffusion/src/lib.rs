@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod config;
+mod device;
 mod error;
 mod layers;
 mod pipeline;
@@ -17,6 +18,7 @@ mod unet;
 mod vae;
 
 pub use checkpoint::{Checkpoint, Scope};
+pub use device::{device, dtype};
 pub use error::{Error, Result};
 pub use layers::timestep_sinusoid;
 pub use pipeline::{Pipeline, TextModel};

@@ -1,0 +1,43 @@
+use candle_core::{D, Tensor};
+use candle_nn::{Linear, Module, ops::softmax};
+use diffusion::Scope;
+
+use super::{AdapterSizes, linear};
+use crate::Result;
+
+/// PyTorch's `nn.MultiheadAttention`, batch first: the input projections of q, k and v lie in one tensor.
+pub(super) struct MultiheadAttention {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+    heads: usize,
+}
+
+impl MultiheadAttention {
+    pub(super) fn load(scope: &Scope, sizes: &AdapterSizes) -> Result<Self> {
+        let d = sizes.d_model;
+        let weight = scope.tensor("in_proj_weight", &[3 * d, d])?;
+        let bias = scope.tensor("in_proj_bias", &[3 * d])?;
+        let part = |i: usize| -> Result<Linear> {
+            Ok(Linear::new(weight.narrow(0, i * d, d)?, Some(bias.narrow(0, i * d, d)?)))
+        };
+        let out = linear(&scope.enter("out_proj"), d, d)?;
+        Ok(Self { q: part(0)?, k: part(1)?, v: part(2)?, out, heads: sizes.heads })
+    }
+
+    /// Queries `[B, Q, d]`, keys and values `[B, S, d]` to `[B, Q, d]`.
+    pub(super) fn forward(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (b, tokens, d) = query.dims3()?;
+        let split = |x: Tensor| -> Result<Tensor> {
+            let tokens = x.dim(1)?;
+            Ok(x.reshape((b, tokens, self.heads, d / self.heads))?.transpose(1, 2)?.contiguous()?)
+        };
+        let q = split((self.q.forward(query)? * (1. / ((d / self.heads) as f64).sqrt()))?)?;
+        let (k, v) = (split(self.k.forward(key)?)?, split(self.v.forward(value)?)?);
+        // The softmax of composed operations: autograd does not follow candle's fused one.
+        let weights = softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?, D::Minus1)?;
+        let y = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((b, tokens, d))?;
+        Ok(self.out.forward(&y)?)
+    }
+}

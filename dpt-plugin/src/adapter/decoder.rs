@@ -1,0 +1,54 @@
+use candle_core::Tensor;
+use candle_nn::{Linear, Module};
+use diffusion::Scope;
+
+use super::attention::MultiheadAttention;
+use super::{AdapterSizes, LayerNorm, linear};
+use crate::Result;
+
+/// A post-norm Transformer decoder layer; the query embedding is added to queries and keys, not to values.
+pub(super) struct DecoderLayer {
+    self_attn: MultiheadAttention,
+    norm1: LayerNorm,
+    cross_attn: MultiheadAttention,
+    norm2: LayerNorm,
+    feed_forward: FeedForward,
+    norm3: LayerNorm,
+}
+
+impl DecoderLayer {
+    pub(super) fn load(scope: &Scope, sizes: &AdapterSizes) -> Result<Self> {
+        let norm = |name| LayerNorm::load(&scope.enter(name), sizes.d_model);
+        Ok(Self {
+            self_attn: MultiheadAttention::load(&scope.enter("self_attn"), sizes)?,
+            norm1: norm("norm1")?,
+            cross_attn: MultiheadAttention::load(&scope.enter("multihead_attn"), sizes)?,
+            norm2: norm("norm2")?,
+            feed_forward: FeedForward::load(scope, sizes)?,
+            norm3: norm("norm3")?,
+        })
+    }
+
+    /// `x` and `query` are `[B, N, d]`, `memory` and `positions` `[B, h * w, d]`.
+    pub(super) fn forward(&self, x: &Tensor, memory: &Tensor, positions: &Tensor, query: &Tensor) -> Result<Tensor> {
+        let q = (x + query)?;
+        let x = self.norm1.forward(&(x + self.self_attn.forward(&q, &q, x)?)?)?;
+        let seen = self.cross_attn.forward(&(&x + query)?, &(memory + positions)?, memory)?;
+        let x = self.norm2.forward(&(x + seen)?)?;
+        self.norm3.forward(&(&x + self.feed_forward.forward(&x)?)?)
+    }
+}
+
+/// Linear, ReLU, linear.
+pub(super) struct FeedForward(Linear, Linear);
+
+impl FeedForward {
+    pub(super) fn load(scope: &Scope, sizes: &AdapterSizes) -> Result<Self> {
+        let (d, hidden) = (sizes.d_model, sizes.feedforward);
+        Ok(Self(linear(&scope.enter("linear1"), d, hidden)?, linear(&scope.enter("linear2"), hidden, d)?))
+    }
+
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.1.forward(&self.0.forward(x)?.relu()?)?)
+    }
+}

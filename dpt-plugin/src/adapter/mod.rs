@@ -1,0 +1,130 @@
+//! The discriminative adapter (Eq. 1-2): a small DETR-style Transformer that reads the tapped U-Net features and answers
+//! with queries, the first M of which speak of the whole image (matching) and the other K of its objects (grounding).
+//!
+//! Names and shapes of the weights are those of the released checkpoint. The adapter computes in f32 through operations
+//! that candle's autograd can differentiate: its input gradient at inference, its weights in training.
+
+mod attention;
+mod decoder;
+mod encoder;
+mod heads;
+mod positions;
+mod sizes;
+
+use candle_core::{D, Device, Tensor};
+use candle_nn::{Linear, Module};
+use diffusion::{Scope, timestep_sinusoid};
+
+pub use heads::Grounding;
+pub use sizes::{AdapterSizes, SizeHints};
+
+use crate::Result;
+use decoder::DecoderLayer;
+use encoder::EncoderLayer;
+use heads::Heads;
+
+/// A loaded adapter. Shapes: B items, N = M + K queries, d model width, p width of CLIP's pooled text embedding.
+pub struct Adapter {
+    sizes: AdapterSizes,
+    input_proj: Linear,
+    query_embed: Tensor,
+    time: (Linear, Linear),
+    encoder: Vec<EncoderLayer>,
+    decoder: Vec<DecoderLayer>,
+    decoder_norm: LayerNorm,
+    heads: Heads,
+}
+
+impl Adapter {
+    /// Takes the adapter's tensors from a checkpoint in the released names.
+    pub fn load(scope: &Scope, sizes: AdapterSizes) -> Result<Self> {
+        let d = sizes.d_model;
+        let projection = scope.tensor("input_proj.weight", &[d, sizes.channels, 1, 1])?.flatten_from(1)?;
+        let time = scope.enter("timestep_embedding.time_embedding");
+        let encoder = scope.enter("transformer.encoder.layers");
+        let decoder = scope.enter("transformer.decoder");
+        let encoder_layers = (0..sizes.encoder_layers).map(|i| EncoderLayer::load(&encoder.enter(i), &sizes));
+        let decoder_layers =
+            (0..sizes.decoder_layers).map(|i| DecoderLayer::load(&decoder.enter(format_args!("layers.{i}")), &sizes));
+        Ok(Self {
+            input_proj: Linear::new(projection, Some(scope.tensor("input_proj.bias", &[d])?)),
+            query_embed: scope.tensor("query_embed.weight", &[sizes.queries(), d])?,
+            time: (linear(&time.enter("linear_1"), d, 4 * d)?, linear(&time.enter("linear_2"), 4 * d, d)?),
+            encoder: encoder_layers.collect::<Result<_>>()?,
+            decoder: decoder_layers.collect::<Result<_>>()?,
+            decoder_norm: LayerNorm::load(&decoder.enter("norm"), d)?,
+            heads: Heads::load(scope, &sizes)?,
+            sizes,
+        })
+    }
+
+    /// Sizes of the adapter.
+    pub fn sizes(&self) -> &AdapterSizes {
+        &self.sizes
+    }
+
+    /// The device that the weights are on.
+    pub fn device(&self) -> &Device {
+        self.query_embed.device()
+    }
+
+    /// Q*: every decoder layer's normalised output, `[layers, B, N, d]`, for the tapped features `[B, C, h, w]` at one
+    /// timestep per item (Eq. 1).
+    pub fn queries(&self, features: &Tensor, timesteps: &[f64]) -> Result<Tensor> {
+        let (b, _, h, w) = features.dims4()?;
+        let d = self.sizes.d_model;
+        let wave = timestep_sinusoid(timesteps, d, true, 0., features.device())?;
+        let time = self.time.1.forward(&self.time.0.forward(&wave)?.silu()?)?;
+        let positions = positions::sine(h, w, d, features.device())?.broadcast_add(&time.unsqueeze(1)?)?;
+
+        let mut memory = self.input_proj.forward(&features.flatten_from(2)?.transpose(1, 2)?.contiguous()?)?;
+        for layer in &self.encoder {
+            memory = layer.forward(&memory, &positions)?;
+        }
+        let query = self.query_embed.unsqueeze(0)?.broadcast_as((b, self.sizes.queries(), d))?.contiguous()?;
+        let mut target = query.zeros_like()?;
+        let mut layers = Vec::with_capacity(self.decoder.len());
+        for layer in &self.decoder {
+            target = layer.forward(&target, &memory, &positions, &query)?;
+            layers.push(self.decoder_norm.forward(&target)?);
+        }
+        Ok(Tensor::stack(&layers, 0)?)
+    }
+
+    /// The matching queries of `[B, N, d]` in CLIP's space, h: `[B, M, p]`.
+    pub fn matching(&self, queries: &Tensor) -> Result<Tensor> {
+        self.heads.matching(&queries.narrow(1, 0, self.sizes.matching_queries)?.contiguous()?)
+    }
+
+    /// What the grounding queries of `[B, N, d]` say.
+    pub fn grounding(&self, queries: &Tensor) -> Result<Grounding> {
+        let AdapterSizes { matching_queries, grounding_queries, .. } = self.sizes;
+        self.heads.grounding(&queries.narrow(1, matching_queries, grounding_queries)?.contiguous()?)
+    }
+}
+
+/// `[.., inputs]` to `[.., outputs]`.
+fn linear(scope: &Scope, inputs: usize, outputs: usize) -> Result<Linear> {
+    Ok(Linear::new(scope.tensor("weight", &[outputs, inputs])?, Some(scope.tensor("bias", &[outputs])?)))
+}
+
+/// Layer norm over the last dimension, of operations that autograd follows; candle's fused one is not.
+struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl LayerNorm {
+    /// PyTorch's default.
+    const EPS: f64 = 1e-5;
+
+    fn load(scope: &Scope, width: usize) -> Result<Self> {
+        Ok(Self { weight: scope.tensor("weight", &[width])?, bias: scope.tensor("bias", &[width])? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + Self::EPS)?.sqrt()?;
+        Ok(centred.broadcast_div(&deviation)?.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)?)
+    }
+}

@@ -1,0 +1,19 @@
+use candle_core::{Device, Tensor};
+
+use crate::Result;
+
+/// DETR's normalised 2-D sine embedding with temperature 10000, `[1, h * w, d]`: the first half of the channels encodes y,
+/// the second x. `d` is divisible by 4.
+pub(super) fn sine(height: usize, width: usize, d: usize, device: &Device) -> Result<Tensor> {
+    let half = d / 2;
+    let wave = |index: usize, size: usize| {
+        let position = (index + 1) as f32 / (size as f32 + 1e-6) * std::f32::consts::TAU;
+        (0..half).map(move |i| {
+            let angle = position / 10_000f32.powf((2 * (i / 2)) as f32 / half as f32);
+            if i % 2 == 0 { angle.sin() } else { angle.cos() }
+        })
+    };
+    let values: Vec<f32> =
+        (0..height).flat_map(|y| (0..width).flat_map(move |x| wave(y, height).chain(wave(x, width)))).collect();
+    Ok(Tensor::from_vec(values, (1, height * width, d), device)?)
+}
