@@ -192,10 +192,10 @@ mod tests {
         // SD 2 pads with `!`, which makes every `!` of a prompt that token.
         assert_eq!(ids(r#"{"pad_token": "!"}"#, "ab!"), [7, 6, 2, 8, 2, 2]);
         // A normalised special token is found after lowercasing, one as typed is not.
-        let normalized =
-            r#"{"eos_token": {"content": "<|endoftext|>", "normalized": true}, "unk_token": "a", "pad_token": "!"}"#;
-        assert_eq!(ids(normalized, "b<|ENDOFTEXT|>"), [7, 4, 8, 8, 2, 2]);
-        assert_ne!(ids("{}", "b<|ENDOFTEXT|>"), [7, 4, 8, 8, 8, 8]);
+        let as_typed = r#"{"unk_token": "a", "pad_token": "!"}"#;
+        assert_eq!(ids(as_typed, "b<|ENDOFTEXT|>"), [7, 4, 0, 0, 0, 8]);
+        let normalized = as_typed.replace('{', r#"{"eos_token": {"content": "<|endoftext|>", "normalized": true}, "#);
+        assert_eq!(ids(&normalized, "b<|ENDOFTEXT|>"), [7, 4, 8, 8, 2, 2]);
     }
 
     #[test]
@@ -247,7 +247,7 @@ mod tests {
         for (name, contents, named) in [
             ("vocab.json", r#"{"a": 0, "#, "EOF"),
             ("vocab.json", r#"{"a": -1}"#, "-1"),
-            ("tokenizer_config.json", "[", "EOF"),
+            ("tokenizer_config.json", "{", "EOF"),
             ("special_tokens_map.json", r#"{"pad_token": []}"#, "`content`"),
             ("merges.txt", "#version: 0.2\na b</w>\na\n", "line 3: expected two tokens, found \"a\""),
             ("merges.txt", "a b c\n", "line 1: expected two tokens"),
