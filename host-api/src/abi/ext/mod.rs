@@ -1,0 +1,5 @@
+//! Extensions, one per file.
+
+pub mod gradient;
+pub mod lora;
+pub mod params;

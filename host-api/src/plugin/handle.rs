@@ -1,0 +1,97 @@
+//! The host, as a plugin sees it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::slot::HostSlot;
+use crate::error::{Error, Result};
+use crate::types::Step;
+
+/// The host that created the instance. Threads of the plugin may keep clones: once the instance is destroyed, messages go
+/// nowhere and `cancelled` is true.
+#[derive(Clone)]
+pub struct HostHandle {
+    slot: Arc<HostSlot>,
+}
+
+impl HostHandle {
+    pub(super) fn new(slot: Arc<HostSlot>) -> Self {
+        Self { slot }
+    }
+
+    /// The host's name.
+    pub fn name(&self) -> &str {
+        self.slot.name()
+    }
+
+    /// The host's version.
+    pub fn version(&self) -> &str {
+        self.slot.version()
+    }
+
+    /// A message for the user.
+    pub fn log(&self, level: log::Level, message: &str) {
+        self.slot.log(level, message);
+    }
+
+    /// Whether the step in progress should stop. A step that stops for this returns
+    /// [`Status::Cancelled`](crate::Status::Cancelled); the wrapper asks before and after each step anyway.
+    pub fn cancelled(&self) -> bool {
+        self.slot.cancelled()
+    }
+
+    /// The host's own U-Net, when it lends it.
+    pub fn gradient(&self) -> Option<HostGradient> {
+        self.slot.has_gradient().then(|| HostGradient { slot: self.slot.clone() })
+    }
+}
+
+impl fmt::Debug for HostHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostHandle({} {})", self.name(), self.version())
+    }
+}
+
+/// The host extension `sampler-hook.gradient/1`. Its functions may only be called inside `step`, on its thread. An activation
+/// that is left when the step ends is released.
+#[derive(Clone)]
+pub struct HostGradient {
+    slot: Arc<HostSlot>,
+}
+
+impl HostGradient {
+    /// The output of block `tap` for `latents` (VP, row-major, of `shape` `[B, c, H, W]`) at this step: its shape and numbers.
+    pub fn features(
+        &self,
+        step: &Step<'_>,
+        latents: &[f32],
+        shape: &[usize],
+        tap: &str,
+    ) -> Result<(Vec<usize>, Vec<f32>)> {
+        self.slot.features(step, latents, shape, tap)
+    }
+
+    /// The gradient of `sum(cotangent * activation)` with respect to the latents of the last `features` call, which it ends.
+    /// `latents_shape` is that call's.
+    pub fn vjp(&self, cotangent: &[f32], latents_shape: &[usize]) -> Result<Vec<f32>> {
+        self.slot.vjp(cotangent, latents_shape)
+    }
+
+    /// Drops the last activation; nothing when there is none.
+    pub fn release(&self) {
+        self.slot.release();
+    }
+}
+
+impl fmt::Debug for HostGradient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostGradient of {}", self.slot.name())
+    }
+}
+
+/// What a failure of the host becomes for the plugin.
+pub(super) fn host_failed(what: &str, error: Error) -> Error {
+    use crate::error::Status;
+    let status = if error.status == Status::Cancelled { Status::Cancelled } else { Status::HostFailed };
+    Error::new(status, format!("host {what}: {}", error.message))
+}
