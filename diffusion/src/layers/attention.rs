@@ -26,10 +26,14 @@ pub(crate) fn merge_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
 
 /// `softmax(q k^T / sqrt(width)) v`. With `upcast` the products of half-precision q and k are formed in f32.
 pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, upcast: bool) -> Result<Tensor> {
+    attend_by(BLOCK, (q, k, v), upcast)
+}
+
+fn attend_by(block: usize, (q, k, v): (&Tensor, &Tensor, &Tensor), upcast: bool) -> Result<Tensor> {
     let (n, queries, _) = q.dims3()?;
     let keys = Keys::new(k, upcast)?;
     let mut blocks = Vec::new();
-    for (start, len) in row_blocks(n, queries, k.dim(1)?) {
+    for (start, len) in row_blocks(block, n, queries, k.dim(1)?) {
         blocks.push(keys.weights(&q.narrow(1, start, len)?)?.to_dtype(v.dtype())?.matmul(v)?);
     }
     concatenate(blocks)
@@ -39,6 +43,16 @@ pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, upcast: bool) -> Result
 ///
 /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
 pub(crate) fn attend_vjp(
+    qkv: (&Tensor, &Tensor, &Tensor),
+    dy: &Tensor,
+    upcast: bool,
+    with_keys: bool,
+) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+    attend_vjp_by(BLOCK, qkv, dy, upcast, with_keys)
+}
+
+fn attend_vjp_by(
+    block: usize,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     dy: &Tensor,
     upcast: bool,
@@ -50,7 +64,7 @@ pub(crate) fn attend_vjp(
     let v_t = v.t()?;
     let mut dq = Vec::new();
     let mut dkv: Option<(Tensor, Tensor)> = None;
-    for (start, len) in row_blocks(n, queries, k.dim(1)?) {
+    for (start, len) in row_blocks(block, n, queries, k.dim(1)?) {
         let (q, dy) = (q.narrow(1, start, len)?.contiguous()?, dy.narrow(1, start, len)?.contiguous()?);
         let p = keys.weights(&q)?;
         let dp = dy.matmul(&v_t)?.to_dtype(p.dtype())?;
@@ -91,11 +105,125 @@ impl Keys {
     }
 }
 
-fn row_blocks(n: usize, queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize)> {
-    let len = (BLOCK / (n * keys).max(1)).clamp(1, queries.max(1));
+/// Starts and lengths of blocks of query rows that have up to `block` scores, and at least one row.
+fn row_blocks(block: usize, n: usize, queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize)> {
+    let len = (block / (n * keys).max(1)).clamp(1, queries.max(1));
     (0..queries).step_by(len).map(move |start| (start, len.min(queries - start)))
 }
 
 fn concatenate(mut blocks: Vec<Tensor>) -> Result<Tensor> {
     Ok(if blocks.len() == 1 { blocks.remove(0) } else { Tensor::cat(&blocks, 1)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::layers::finite_difference::{assert_values, assert_vjp, numbers, values};
+
+    /// 3 heads in all, 5 queries, 7 keys, width 4. Blocks of 1, 2 (the last one shorter) and all query rows.
+    const BLOCKS: [usize; 3] = [1, 2 * 3 * 7 + 1, BLOCK];
+
+    fn inputs() -> (Tensor, Tensor, Tensor) {
+        (values(0, (3, 5, 4)), values(10, (3, 7, 4)), values(11, (3, 7, 4)))
+    }
+
+    fn by_definition(q: &Tensor, k: &Tensor, v: &Tensor) -> Vec<f64> {
+        let ((n, queries, width), keys) = (q.dims3().unwrap(), k.dim(1).unwrap());
+        let (q, k, v) = (numbers(q), numbers(k), numbers(v));
+        let mut y = Vec::new();
+        for (head, query) in (0..n).flat_map(|head| (0..queries).map(move |query| (head, query))) {
+            let score = |key: usize| {
+                let (a, b) = (&q[(head * queries + query) * width..], &k[(head * keys + key) * width..]);
+                a[..width].iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / (width as f64).sqrt()
+            };
+            let scores: Vec<f64> = (0..keys).map(score).collect();
+            let largest = scores.iter().copied().fold(f64::MIN, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+            for i in 0..width {
+                let sum: f64 = (0..keys).map(|key| weights[key] * v[(head * keys + key) * width + i]).sum();
+                y.push(sum / weights.iter().sum::<f64>());
+            }
+        }
+        y
+    }
+
+    #[test]
+    fn forward_is_the_definition() {
+        let (q, k, v) = inputs();
+        for (block, upcast) in BLOCKS.map(|block| (block, block == 1)) {
+            let y = attend_by(block, (&q, &k, &v), upcast).unwrap();
+            assert_values(&y, &by_definition(&q, &k, &v), 1e-14);
+        }
+    }
+
+    #[test]
+    fn rows_are_covered_once() {
+        for (block, expected) in BLOCKS.into_iter().zip([vec![1; 5], vec![2, 2, 1], vec![5]]) {
+            let mut next = 0;
+            for ((start, len), expected) in row_blocks(block, 3, 5, 7).zip(expected) {
+                assert_eq!((start, len), (next, expected), "block {block}");
+                next += len;
+            }
+            assert_eq!(next, 5);
+        }
+    }
+
+    #[test]
+    fn gradients_of_queries_keys_and_values() {
+        let (q, k, v) = inputs();
+        for (block, upcast) in BLOCKS.into_iter().flat_map(|block| [(block, false), (block, true)]) {
+            let vjp = |dy: &Tensor, keys| attend_vjp_by(block, (&q, &k, &v), dy, upcast, keys);
+            let keys_values = |dy: &Tensor| -> Result<_> { Ok(vjp(dy, true)?.1.expect("asked for")) };
+            let forward = |q: &Tensor, k: &Tensor, v: &Tensor| attend_by(block, (q, k, v), upcast);
+            assert_vjp("queries", &q, |q| forward(q, &k, &v), |dy| Ok(vjp(dy, true)?.0));
+            assert_vjp("queries alone", &q, |q| forward(q, &k, &v), |dy| Ok(vjp(dy, false)?.0));
+            assert_vjp("keys", &k, |k| forward(&q, k, &v), |dy| Ok(keys_values(dy)?.0));
+            assert_vjp("values", &v, |v| forward(&q, &k, v), |dy| Ok(keys_values(dy)?.1));
+        }
+    }
+
+    #[test]
+    fn keys_are_left_out_unless_asked_for() {
+        let (q, k, v) = inputs();
+        assert!(attend_vjp((&q, &k, &v), &q, false, false).unwrap().1.is_none());
+    }
+
+    #[test]
+    fn heads_split_and_merge() {
+        let x = values(0, (2, 3, 8));
+        let heads = split_heads(&x, 4).unwrap();
+        assert_eq!(heads.dims(), [8, 3, 2]);
+        // Item 1, head 2, token 0: channels 4 and 5.
+        let expected = x.get(1).unwrap().get(0).unwrap().narrow(0, 4, 2).unwrap();
+        assert_values(&heads.get(6).unwrap().get(0).unwrap(), &numbers(&expected), 0.);
+        assert_values(&merge_heads(&heads, 4).unwrap(), &numbers(&x), 0.);
+    }
+
+    /// Scores near 8000 that differ by about 2: f16 holds such numbers to 4, f32 exactly.
+    #[test]
+    fn upcast_keeps_large_scores_apart() {
+        let half = |x: Tensor| x.to_dtype(DType::F16).unwrap();
+        let common = (values(0, (1, 1, 64)) * 40.).unwrap();
+        let near = |seed, rows| half((values(seed, (1, rows, 64)) * 0.05).unwrap().broadcast_add(&common).unwrap());
+        let (q, k, v) = (near(10, 16), near(11, 7), half(values(12, (1, 7, 64))));
+        let expected = by_definition(&q, &k, &v);
+        let error = |upcast| {
+            let y = attend(&q, &k, &v, upcast).unwrap();
+            assert_eq!(y.dtype(), DType::F16);
+            numbers(&y).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0., f64::max)
+        };
+        assert!(error(true) < 1e-2, "{}", error(true));
+        assert!(error(false) > 2. * error(true), "{} without, {} with", error(false), error(true));
+    }
+
+    /// `q k^T` alone would be beyond 65504: the scale goes in before the product.
+    #[test]
+    fn half_precision_does_not_overflow_in_the_product() {
+        let q = Tensor::full(40f32, (1, 2, 64), &candle_core::Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
+        let v = values(0, (1, 2, 64)).to_dtype(DType::F16).unwrap();
+        let expected = by_definition(&q, &q, &v);
+        assert_values(&attend(&q, &q, &v, false).unwrap(), &expected, 2e-3);
+    }
 }

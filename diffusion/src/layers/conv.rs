@@ -87,3 +87,76 @@ fn strided_vjp(dy: &Tensor, phases: &[Tensor], height: usize, width: usize) -> R
     let dx = Tensor::stack(&[even?, odd?], 3)?.reshape((b, (), 2 * h, 2 * w))?;
     Ok(dx.narrow(2, 0, height)?.narrow(3, 0, width)?.contiguous()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::finite_difference::{assert_values, assert_vjp, numbers, values, weights};
+
+    const SIZES: [(usize, usize); 7] = [(6, 4), (5, 7), (4, 7), (7, 2), (1, 1), (2, 1), (1, 6)];
+
+    fn conv(inputs: usize, outputs: usize, stride: usize) -> Conv2d {
+        let file = weights(&[("weight", &[outputs, inputs, 3, 3]), ("bias", &[outputs])]);
+        Conv2d::load(&file.root(), inputs, outputs, stride).unwrap()
+    }
+
+    /// `y[o, i, j] = b[o] + sum w[o, c, u, v] x[c, stride i + u - before, stride j + v - before]`, zero outside.
+    fn by_definition(conv: &Conv2d, x: &Tensor, before: usize, (rows, columns): (usize, usize)) -> Vec<f64> {
+        let (batch, inputs, height, width) = x.dims4().unwrap();
+        let outputs = conv.kernel.dim(0).unwrap();
+        let (x, w, b) = (numbers(x), numbers(&conv.kernel), numbers(&conv.bias));
+        let mut y = Vec::new();
+        for (n, o) in (0..batch).flat_map(|n| (0..outputs).map(move |o| (n, o))) {
+            for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
+                let mut sum = b[o];
+                for (c, tap) in (0..inputs).flat_map(|c| (0..9).map(move |tap| (c, tap))) {
+                    let (row, column) = (conv.stride * i + tap / 3, conv.stride * j + tap % 3);
+                    let inside = (before..before + height).contains(&row) && (before..before + width).contains(&column);
+                    if inside {
+                        let at = ((n * inputs + c) * height + row - before) * width + column - before;
+                        sum += w[(o * inputs + c) * 9 + tap] * x[at];
+                    }
+                }
+                y.push(sum);
+            }
+        }
+        y
+    }
+
+    #[test]
+    fn forward_is_the_definition() {
+        for stride in [1, 2] {
+            let conv = conv(3, 2, stride);
+            for (h, w) in SIZES {
+                let x = values(0, (2, 3, h, w));
+                let size = (h.div_ceil(stride), w.div_ceil(stride));
+                let y = conv.forward(&x).unwrap();
+                assert_eq!(y.dims(), [2, 2, size.0, size.1]);
+                assert_values(&y, &by_definition(&conv, &x, 1, size), 1e-14);
+            }
+        }
+    }
+
+    #[test]
+    fn padding_at_the_end_only() {
+        let conv = conv(3, 2, 2);
+        for (h, w) in [(6, 4), (5, 7), (2, 3)] {
+            let x = values(0, (2, 3, h, w));
+            let y = conv.forward_padded_end(&x).unwrap();
+            assert_eq!(y.dims(), [2, 2, h / 2, w / 2]);
+            assert_values(&y, &by_definition(&conv, &x, 0, (h / 2, w / 2)), 1e-14);
+        }
+    }
+
+    #[test]
+    fn input_gradient() {
+        for stride in [1, 2] {
+            let conv = conv(3, 2, stride);
+            for (h, w) in SIZES {
+                let x = values(0, (2, 3, h, w));
+                let what = format!("stride {stride}, {h}x{w}");
+                assert_vjp(&what, &x, |x| conv.forward(x), |dy| conv.vjp(dy, (h, w)));
+            }
+        }
+    }
+}

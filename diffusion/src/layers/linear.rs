@@ -67,3 +67,47 @@ fn matmul_channels(matrix: &Tensor, x: &Tensor) -> Result<Tensor> {
     let y = matrix.broadcast_as((b, outputs, inputs))?.matmul(&x.contiguous()?.reshape((b, inputs, h * w))?)?;
     Ok(y.reshape((b, outputs, h, w))?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::finite_difference::{assert_values, assert_vjp, numbers, values, weights};
+
+    #[test]
+    fn tokens() {
+        let file = weights(&[("weight", &[5, 4]), ("bias", &[5])]);
+        let linear = Linear::load(&file.root(), 4, 5).unwrap();
+        let x = values(0, (2, 3, 4));
+        let (w, b, xs) = (numbers(&linear.weight), numbers(linear.bias.as_ref().unwrap()), numbers(&x));
+        let y = linear.forward(&x).unwrap();
+        assert_eq!(y.dims(), [2, 3, 5]);
+        let dot = |row: usize, o: usize| (0..4).map(|i| xs[row * 4 + i] * w[o * 4 + i]).sum::<f64>();
+        let expected: Vec<f64> = (0..30).map(|at| dot(at / 5, at % 5) + b[at % 5]).collect();
+        assert_values(&y, &expected, 1e-14);
+        assert_vjp("linear", &x, |x| linear.forward(x), |dy| linear.vjp(dy));
+    }
+
+    #[test]
+    fn channels_are_a_1x1_convolution() {
+        let file = weights(&[("weight", &[5, 4, 1, 1]), ("bias", &[5])]);
+        let linear = Linear::load_conv1x1(&file.root(), 4, 5).unwrap();
+        let x = values(0, (2, 4, 3, 2));
+        let conv = x.conv2d(&linear.weight.reshape((5, 4, 1, 1)).unwrap(), 0, 1, 1, 1).unwrap();
+        let bias = linear.bias.as_ref().unwrap().reshape((1, 5, 1, 1)).unwrap();
+        assert_values(&linear.forward_channels(&x).unwrap(), &numbers(&conv.broadcast_add(&bias).unwrap()), 1e-14);
+        assert_vjp("1x1 convolution", &x, |x| linear.forward_channels(x), |dy| linear.vjp_channels(dy));
+    }
+
+    /// Attention and up blocks hand over transposed and narrowed tensors.
+    #[test]
+    fn strided_inputs() {
+        let file = weights(&[("weight", &[5, 4])]);
+        let linear = Linear::load_no_bias(&file.root(), 4, 5).unwrap();
+        let x = values(0, (2, 4, 3)).transpose(1, 2).unwrap();
+        let copied = linear.forward(&x.contiguous().unwrap()).unwrap();
+        assert_values(&linear.forward(&x).unwrap(), &numbers(&copied), 0.);
+        let x = values(0, (2, 6, 3, 2)).narrow(1, 1, 4).unwrap();
+        let copied = linear.forward_channels(&x.contiguous().unwrap()).unwrap();
+        assert_values(&linear.forward_channels(&x).unwrap(), &numbers(&copied), 0.);
+    }
+}

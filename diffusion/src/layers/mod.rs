@@ -9,6 +9,8 @@ mod activation;
 mod attention;
 mod conv;
 mod embedding;
+#[cfg(test)]
+pub(crate) mod finite_difference;
 mod linear;
 mod norm;
 mod resample;

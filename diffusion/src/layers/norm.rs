@@ -110,3 +110,83 @@ fn normalize_vjp(normal: &Tensor, inverse_deviation: &Tensor, d: &Tensor) -> Res
     let along = normal.broadcast_mul(&(d * normal)?.mean_keepdim(1)?)?;
     Ok((d.broadcast_sub(&d.mean_keepdim(1)?)? - along)?.broadcast_mul(inverse_deviation)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::finite_difference::{assert_values, assert_vjp, numbers, values, weights};
+
+    /// Large, so that an epsilon in the wrong place shows.
+    const EPS: f64 = 0.3;
+
+    fn group_norm(dtype: DType) -> GroupNorm {
+        let file = weights(&[("weight", &[6]), ("bias", &[6])]);
+        let norm = GroupNorm::load(&file.root(), 6, 3, EPS).unwrap();
+        let (weight, bias) = (norm.weight.to_dtype(dtype).unwrap(), norm.bias.to_dtype(dtype).unwrap());
+        GroupNorm { weight, bias, ..norm }
+    }
+
+    fn layer_norm() -> LayerNorm {
+        let file = weights(&[("weight", &[6]), ("bias", &[6])]);
+        LayerNorm::load(&file.root(), 6, EPS).unwrap()
+    }
+
+    /// Rows of `n` values: mean and biased variance of each, then weight and bias by `channel(index)`.
+    fn by_definition(x: &Tensor, n: usize, weight: &Tensor, bias: &Tensor, channel: impl Fn(usize) -> usize) -> Vec<f64> {
+        let (x, weight, bias) = (numbers(x), numbers(weight), numbers(bias));
+        let mut y = Vec::new();
+        for row in x.chunks(n) {
+            let mean = row.iter().sum::<f64>() / n as f64;
+            let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64;
+            for v in row {
+                let c = channel(y.len());
+                y.push((v - mean) / (variance + EPS).sqrt() * weight[c] + bias[c]);
+            }
+        }
+        y
+    }
+
+    #[test]
+    fn group_norm_is_the_definition() {
+        let (norm, x) = (group_norm(DType::F64), values(0, (2, 6, 3, 5)));
+        let expected = by_definition(&x, 2 * 15, &norm.weight, &norm.bias, |i| i / 15 % 6);
+        assert_values(&norm.forward(&x).unwrap(), &expected, 1e-14);
+        let silu: Vec<f64> = expected.iter().map(|v| v / (1. + (-v).exp())).collect();
+        assert_values(&norm.forward_silu(&x).unwrap(), &silu, 1e-14);
+    }
+
+    #[test]
+    fn layer_norm_is_the_definition() {
+        let (norm, x) = (layer_norm(), values(0, (2, 5, 6)));
+        assert_values(&norm.forward(&x).unwrap(), &by_definition(&x, 6, &norm.weight, &norm.bias, |i| i % 6), 1e-14);
+    }
+
+    #[test]
+    fn gradients() {
+        let (norm, x) = (group_norm(DType::F64), values(0, (2, 6, 3, 5)));
+        assert_vjp("group norm", &x, |x| norm.forward(x), |dy| norm.vjp(&x, dy));
+        assert_vjp("group norm and SiLU", &x, |x| norm.forward_silu(x), |dy| norm.vjp_silu(&x, dy));
+        let (norm, x) = (layer_norm(), values(0, (2, 5, 6)));
+        assert_vjp("layer norm", &x, |x| norm.forward(x), |dy| norm.vjp(&x, dy));
+    }
+
+    /// Squares and sums of such values are beyond f16's 65504.
+    #[test]
+    fn half_precision_has_statistics_in_f32() {
+        let norm = group_norm(DType::F16);
+        let x = (values(0, (2, 6, 3, 5)) * 4e4).unwrap().to_dtype(DType::F16).unwrap();
+        let expected = by_definition(&x, 2 * 15, &norm.weight, &norm.bias, |i| i / 15 % 6);
+        let y = norm.forward(&x).unwrap();
+        assert_eq!(y.dtype(), DType::F16);
+        assert_values(&y, &expected, 1e-3);
+    }
+
+    /// The variance is that of the centred values: `E[x^2] - E[x]^2` would have lost every digit.
+    #[test]
+    fn a_large_mean_costs_no_precision() {
+        let norm = group_norm(DType::F32);
+        let x = (values(0, (2, 6, 3, 5)) + 3e4).unwrap().to_dtype(DType::F32).unwrap();
+        let expected = by_definition(&x, 2 * 15, &norm.weight, &norm.bias, |i| i / 15 % 6);
+        assert_values(&norm.forward(&x).unwrap(), &expected, 2e-2);
+    }
+}

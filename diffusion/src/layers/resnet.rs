@@ -76,3 +76,55 @@ impl ResnetBlock {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::finite_difference::{assert_vjp, numbers, values, weights};
+
+    fn block(inputs: usize, outputs: usize, time: Option<usize>) -> ResnetBlock {
+        let file = weights(&[
+            ("norm1.weight", &[inputs]),
+            ("norm1.bias", &[inputs]),
+            ("conv1.weight", &[outputs, inputs, 3, 3]),
+            ("conv1.bias", &[outputs]),
+            ("time_emb_proj.weight", &[outputs, 5]),
+            ("time_emb_proj.bias", &[outputs]),
+            ("norm2.weight", &[outputs]),
+            ("norm2.bias", &[outputs]),
+            ("conv2.weight", &[outputs, outputs, 3, 3]),
+            ("conv2.bias", &[outputs]),
+            ("conv_shortcut.weight", &[outputs, inputs, 1, 1]),
+            ("conv_shortcut.bias", &[outputs]),
+        ]);
+        ResnetBlock::load(&file.root(), ResnetSizes { inputs, outputs, groups: 2, eps: 1e-5, time }).unwrap()
+    }
+
+    #[test]
+    fn gradient_with_and_without_shortcut_and_time() {
+        let (x, time) = (values(0, (2, 4, 3, 5)), values(7, (2, 5)));
+        for (outputs, width) in [(4, None), (4, Some(5)), (6, None), (6, Some(5))] {
+            let block = block(4, outputs, width);
+            let time = width.map(|_| &time);
+            let vjp = |dy: &Tensor| block.vjp(block.record(&x, time)?.1, dy);
+            assert_vjp(&format!("4 to {outputs}, time {width:?}"), &x, |x| block.forward(x, time), vjp);
+        }
+    }
+
+    /// Each item of the batch is moved by its own timestep.
+    #[test]
+    fn time_is_per_item() {
+        let (block, x, time) = (block(4, 6, Some(5)), values(0, (2, 4, 3, 5)), values(7, (2, 5)));
+        let both = block.forward(&x, Some(&time)).unwrap();
+        for item in 0..2 {
+            let row = |t: &Tensor| t.narrow(0, item, 1).unwrap();
+            let alone = block.forward(&row(&x), Some(&row(&time))).unwrap();
+            let other = block.forward(&row(&x), Some(&time.narrow(0, 1 - item, 1).unwrap())).unwrap();
+            let distance = |a: &Tensor, b: &Tensor| {
+                numbers(a).iter().zip(numbers(b)).map(|(a, b)| (a - b).abs()).fold(0., f64::max)
+            };
+            assert!(distance(&row(&both), &alone) < 1e-13);
+            assert!(distance(&row(&both), &other) > 1e-2);
+        }
+    }
+}

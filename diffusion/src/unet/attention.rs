@@ -92,3 +92,37 @@ impl Attention {
         Ok((self.to_q.vjp(&merge_heads(&dq, self.heads)?)?, dkv))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::finite_difference::{assert_vjp, values, weights};
+
+    fn attention(context: usize) -> Attention {
+        let file = weights(&[
+            ("to_q.weight", &[8, 8]),
+            ("to_k.weight", &[8, context]),
+            ("to_v.weight", &[8, context]),
+            ("to_out.0.weight", &[8, 8]),
+            ("to_out.0.bias", &[8]),
+        ]);
+        Attention::load(&file.root(), 8, context, 4, false).unwrap()
+    }
+
+    #[test]
+    fn self_attention_gradient_passes_queries_keys_and_values() {
+        let (attention, x) = (attention(8), values(0, (2, 6, 8)));
+        let record = |x: &Tensor| attention.record(x, attention.keys_values(x)?);
+        let vjp = |dy: &Tensor| attention.vjp_self(&record(&x)?.1, dy);
+        assert_vjp("self-attention", &x, |x| Ok(record(x)?.0), vjp);
+    }
+
+    #[test]
+    fn cross_attention_gradient_passes_queries_alone() {
+        let (attention, x) = (attention(5), values(0, (2, 6, 8)));
+        let text = attention.keys_values(&values(9, (2, 3, 5))).unwrap();
+        let record = |x: &Tensor| attention.record(x, text.clone());
+        let vjp = |dy: &Tensor| attention.vjp_queries(&record(&x)?.1, dy);
+        assert_vjp("cross-attention", &x, |x| Ok(record(x)?.0), vjp);
+    }
+}

@@ -223,3 +223,99 @@ impl UpBlock {
         Ok(d)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::finite_difference::{assert_vjp, values};
+    use crate::unet::tests::{text, tiny};
+
+    /// All tensors in one row, and back into the shapes of `like`.
+    fn join(tensors: &[Tensor]) -> Result<Tensor> {
+        let flat: Vec<_> = tensors.iter().map(|t| t.flatten_all()).collect::<candle_core::Result<_>>()?;
+        Ok(Tensor::cat(&flat, 0)?)
+    }
+
+    fn split(row: &Tensor, like: &[Tensor]) -> Result<Vec<Tensor>> {
+        let mut start = 0;
+        let part = |t: &Tensor| {
+            let part = row.narrow(0, start, t.elem_count())?.reshape(t.shape())?;
+            start += t.elem_count();
+            Ok(part)
+        };
+        like.iter().map(part).collect()
+    }
+
+    /// With the downsampler and without, from the block's output alone and from its skip connections too.
+    #[test]
+    fn down_gradient() {
+        let unet = tiny("sd1");
+        let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
+        let condition = Condition { time: &time, text: &text };
+        for (level, channels) in [(0, 16), (2, 16), (3, 32)] {
+            let (block, x) = (&unet.down[level], values(0, (2, channels, 5, 6)));
+            let alone = |x: &Tensor| block.record(x, condition, &mut Vec::new());
+            let vjp = |dy: &Tensor| block.vjp(alone(&x)?.1, dy.clone(), &mut Vec::new());
+            assert_vjp(&format!("down{level}"), &x, |x| Ok(alone(x)?.0), vjp);
+
+            let outputs = |x: &Tensor| -> Result<_> {
+                let mut skips = Vec::new();
+                let (y, tape) = block.record(x, condition, &mut skips)?;
+                skips.push(y);
+                Ok((skips, tape))
+            };
+            let vjp = |cotangent: &Tensor| {
+                let (all, tape) = outputs(&x)?;
+                let mut cotangents = split(cotangent, &all)?;
+                let dy = cotangents.pop().expect("the output's");
+                let dx = block.vjp(tape, dy, &mut cotangents)?;
+                assert!(cotangents.is_empty(), "every skip connection's gradient is used");
+                Ok(dx)
+            };
+            assert_vjp(&format!("down{level} with skips"), &x, |x| join(&outputs(x)?.0), vjp);
+        }
+    }
+
+    #[test]
+    fn mid_gradient() {
+        let unet = tiny("sd2");
+        let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
+        let condition = Condition { time: &time, text: &text };
+        let (block, x) = (unet.mid.as_ref().unwrap(), values(0, (2, 32, 3, 2)));
+        let vjp = |dy: &Tensor| block.vjp(block.record(&x, condition)?.1, dy);
+        assert_vjp("mid", &x, |x| Ok(block.record(x, condition)?.0), vjp);
+    }
+
+    /// The gradient for the input and for every skip connection, with an upsampler to an odd size and without one.
+    #[test]
+    fn up_gradient() {
+        let unet = tiny("sd2");
+        let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
+        let condition = Condition { time: &time, text: &text };
+        for (index, channels, skips) in [(1, 32, [16, 32, 32]), (3, 16, [16, 16, 16])] {
+            let block = &unet.up[index];
+            // Only the size of the next finer skip connection matters to the block.
+            let finer = values(1, (2, 16, 5, 4));
+            let mut inputs = vec![values(0, (2, channels, 3, 2))];
+            inputs.extend(skips.map(|c| values(c as u64, (2, c, 3, 2))));
+            let record = |row: &Tensor| -> Result<(Tensor, UpTape)> {
+                let mut parts = split(row, &inputs)?;
+                let x = parts.remove(0);
+                let mut skips = vec![finer.clone()];
+                skips.append(&mut parts);
+                let recorded = block.record(&x, condition, &mut skips)?;
+                assert_eq!(skips.len(), 1, "one skip connection per layer");
+                Ok(recorded)
+            };
+            let x = join(&inputs).unwrap();
+            let vjp = |dy: &Tensor| {
+                let mut skips = Vec::new();
+                let dx = block.vjp(record(&x)?.1, dy.clone(), &mut skips)?;
+                // Pushed finest first, which is the order in which they were given.
+                skips.insert(0, dx);
+                join(&skips)
+            };
+            assert_vjp(&format!("up{index}"), &x, |row| Ok(record(row)?.0), vjp);
+        }
+    }
+}

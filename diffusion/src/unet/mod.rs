@@ -9,6 +9,8 @@ mod blocks;
 mod config;
 mod lora;
 mod tap;
+#[cfg(test)]
+mod tests;
 mod text;
 mod transformer;
 

@@ -138,3 +138,31 @@ impl TransformerBlock {
         Ok((&d2 + self.norm1.vjp(&tape.x1, &self.attn1.vjp_self(&tape.attn1, &d2)?)?)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::finite_difference::{assert_vjp, values};
+    use crate::unet::tests::{text, tiny};
+
+    #[test]
+    fn block_gradient() {
+        let unet = tiny("sd1");
+        let (text, x) = (text(&unet, 2), values(0, (2, 6, 16)));
+        let block = &unet.down[0].layers[0].attention.as_ref().unwrap().blocks[0];
+        let vjp = |dy: &Tensor| block.vjp(block.record(&x, &text)?.1, dy);
+        assert_vjp("transformer block", &x, |x| Ok(block.record(x, &text)?.0), vjp);
+    }
+
+    /// SD 1 projects with 1x1 convolutions, SD 2 with linear layers; heads differ too.
+    #[test]
+    fn gradient_of_both_families() {
+        for family in ["sd1", "sd2"] {
+            let unet = tiny(family);
+            let (text, x) = (text(&unet, 2), values(0, (2, 32, 3, 2)));
+            let transformer = unet.mid.as_ref().unwrap().layers[0].attention.as_ref().unwrap();
+            let vjp = |dy: &Tensor| transformer.vjp(transformer.record(&x, &text)?.1, dy);
+            assert_vjp(&format!("{family} transformer"), &x, |x| Ok(transformer.record(x, &text)?.0), vjp);
+        }
+    }
+}
