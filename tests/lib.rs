@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
+use diffusion::UNet;
 
 /// The two pipelines of the parity cases.
 pub const FAMILIES: [&str; 2] = ["sd1", "sd2"];
@@ -21,6 +22,24 @@ pub fn parity(path: &str) -> PathBuf {
 pub fn case(path: &str) -> HashMap<String, Tensor> {
     let path = parity(path);
     candle_core::safetensors::load(&path, &Device::Cpu).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The U-Net of a family's tiny pipeline, on the CPU.
+pub fn tiny_unet(family: &str, dtype: DType) -> UNet {
+    UNet::load(&parity(&format!("{family}-tiny/unet")), dtype, &Device::Cpu).unwrap()
+}
+
+/// Fixed f32 values between -1 and 1 that follow no grid; other seeds give others.
+pub fn values(seed: u32, shape: impl Into<Shape>) -> Tensor {
+    let shape = shape.into();
+    let value = |i: usize| ((i + 1) as f64 * (1.7 + seed as f64)).sin() as f32;
+    Tensor::from_vec((0..shape.elem_count()).map(value).collect(), shape, &Device::Cpu).unwrap()
+}
+
+/// Every value as the bits of an f32, which f32 and f16 fit in: equal bits, equal tensors.
+pub fn bits(tensor: &Tensor) -> Vec<u32> {
+    let values: Vec<f32> = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    values.into_iter().map(f32::to_bits).collect()
 }
 
 /// `||a - b|| / ||b||`, computed in f64.

@@ -22,6 +22,6 @@ pub(crate) use conv::Conv2d;
 pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;
 pub(crate) use linear::Linear;
-pub(crate) use norm::{GroupNorm, LayerNorm};
+pub(crate) use norm::{GroupNorm, LayerNorm, statistics_dtype};
 pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};
 pub(crate) use resnet::{ResnetBlock, ResnetSizes, ResnetTape};

@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
-use super::UNet;
 use super::attention::Attention;
+use super::{UNet, new_revision};
+use crate::layers::statistics_dtype;
 use crate::{Error, Result};
 
 /// One low-rank change.
@@ -31,31 +32,34 @@ pub(super) struct Merged {
 impl UNet {
     /// Adds the entries to the projections; several entries for one projection add up. All of them, or none: an unknown
     /// module or an entry that does not fit is an error and changes nothing. Entries for blocks beyond the tap that this
-    /// U-Net was loaded to are skipped. Text keys computed before are no longer valid.
+    /// U-Net was loaded to are skipped. Text keys and tapes made before are no longer valid.
     pub fn merge_lora(&mut self, entries: &[LoraEntry], strength: f64) -> Result<()> {
-        let absent = self.absent_prefixes();
+        let (absent, wide) = (self.absent_prefixes(), statistics_dtype(self.dtype));
         let mut changed: HashMap<String, Tensor> = HashMap::new();
         for entry in entries.iter().filter(|entry| !absent.iter().any(|prefix| entry.module.starts_with(prefix))) {
             let current = match changed.get(&entry.module) {
                 Some(weight) => weight.clone(),
-                None => self.projection_mut(&entry.module)?.clone(),
+                None => self.projection_mut(&entry.module)?.to_dtype(wide)?,
             };
             changed.insert(entry.module.clone(), merge(&current, entry, strength)?);
+        }
+        for weight in changed.values_mut() {
+            *weight = weight.to_dtype(self.dtype)?;
         }
         for (module, weight) in changed {
             let original = std::mem::replace(self.projection_mut(&module)?, weight);
             self.lora.originals.entry(module).or_insert(original);
         }
-        self.revision += 1;
+        self.revision = new_revision();
         Ok(())
     }
 
-    /// Puts every original weight back. Text keys computed before are no longer valid.
+    /// Puts every original weight back. Text keys and tapes made before are no longer valid.
     pub fn restore_lora(&mut self) {
         for (module, original) in std::mem::take(&mut self.lora.originals) {
             *self.projection_mut(&module).expect("was found when it was merged") = original;
         }
-        self.revision += 1;
+        self.revision = new_revision();
     }
 
     /// Path and weight `[out, in]`, as it is now, of every attention projection that is loaded.
@@ -72,7 +76,7 @@ impl UNet {
     }
 }
 
-/// Formed in f32 (f64 for an f64 weight) and rounded once.
+/// In the precision of `weight`, which is rounded to the model's only when every entry is in.
 fn merge(weight: &Tensor, entry: &LoraEntry, strength: f64) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     match (entry.down.dims(), entry.up.dims()) {
@@ -84,8 +88,6 @@ fn merge(weight: &Tensor, entry: &LoraEntry, strength: f64) -> Result<Tensor> {
             )));
         }
     }
-    let wide = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let (down, up) = (entry.down.to_device(weight.device())?, entry.up.to_device(weight.device())?);
-    let change = up.to_dtype(wide)?.matmul(&down.to_dtype(wide)?)?;
-    Ok((weight.to_dtype(wide)? + (change * (strength * entry.scale))?)?.to_dtype(weight.dtype())?)
+    let like = |factor: &Tensor| factor.to_device(weight.device())?.to_dtype(weight.dtype());
+    Ok((weight + (like(&entry.up)?.matmul(&like(&entry.down)?)? * (strength * entry.scale))?)?)
 }

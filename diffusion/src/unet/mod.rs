@@ -15,6 +15,7 @@ mod text;
 mod transformer;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -42,12 +43,19 @@ pub struct UNet {
     up: Vec<UpBlock>,
     out: Option<(GroupNorm, Conv2d)>,
     lora: lora::Merged,
-    /// Counts changes of the weights, so that text keys made before a change are recognised.
+    /// Stands for these weights as they are now, so that text keys and tapes made with others are recognised.
     revision: u64,
+}
+
+/// A number that no U-Net in this process had before.
+fn new_revision() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// What the input gradient of one evaluation up to a tap needs. Each block's part is freed as the backward pass passes it.
 pub struct Tape {
+    revision: u64,
     tap: Tap,
     activation: Vec<usize>,
     size: (usize, usize),
@@ -126,7 +134,7 @@ impl UNet {
             mid,
             up,
             lora: lora::Merged::default(),
-            revision: 0,
+            revision: new_revision(),
             config,
         })
     }
@@ -171,6 +179,9 @@ impl UNet {
 
     /// The gradient of `sum(cotangent * activation)` for the latents, in their shape `[B, in_channels, h, w]`.
     pub fn vjp(&self, tape: Tape, cotangent: &Tensor) -> Result<Tensor> {
+        if tape.revision != self.revision {
+            return Err(Error::Input("the tape was recorded with other weights; evaluate again".into()));
+        }
         if cotangent.dims() != tape.activation {
             let (found, expected) = (cotangent.dims(), &tape.activation);
             return Err(Error::Input(format!("cotangent has shape {found:?}, the activation {expected:?}")));
@@ -222,7 +233,8 @@ impl UNet {
             up_tapes.extend(end.map(|_| tape));
         }
         let activation = x.dims().to_vec();
-        let tape = end.map(|tap| Tape { tap, activation, size, down: down_tapes, mid: mid_tape, up: up_tapes });
+        let revision = self.revision;
+        let tape = end.map(|tap| Tape { revision, tap, activation, size, down: down_tapes, mid: mid_tape, up: up_tapes });
         Ok((x, tape))
     }
 
@@ -241,7 +253,7 @@ impl UNet {
             return Err(Error::Input(format!("{} texts for a batch of {batch}", text.batch())));
         }
         if text.revision != self.revision {
-            return Err(Error::Input("text keys are from before the weights changed; compute them again".into()));
+            return Err(Error::Input("text keys were computed with other weights; compute them again".into()));
         }
         Ok(())
     }

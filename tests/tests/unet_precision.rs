@@ -1,0 +1,86 @@
+//! The U-Net in half precision on the CPU, the same bits for the same inputs, and batch items on their own.
+
+use candle_core::{DType, Tensor};
+use diffusion::{TextKeys, UNet};
+use tests::{FAMILIES, assert_close, bits, tiny_unet, values};
+
+const TIMESTEPS: [f64; 2] = [961., 40.];
+
+fn latents() -> Tensor {
+    values(1, (2, 4, 10, 8))
+}
+
+fn text(unet: &UNet) -> TextKeys {
+    unet.text(&values(2, (2, 7, 32))).unwrap()
+}
+
+#[test]
+fn half_precision_agrees_with_single() {
+    let (single, half) = (tiny_unet("sd2", DType::F32), tiny_unet("sd2", DType::F16));
+    assert_eq!(half.dtype(), DType::F16);
+    let (single_text, half_text) = (text(&single), text(&half));
+    for tap in single.config().taps() {
+        let (expected, tape) = single.forward_to(&latents(), &TIMESTEPS, &single_text, tap).unwrap();
+        let cotangent = values(3, expected.shape());
+        let gradient = single.vjp(tape, &cotangent).unwrap();
+        let (found, tape) = half.forward_to(&latents(), &TIMESTEPS, &half_text, tap).unwrap();
+        assert_eq!(found.dtype(), DType::F16);
+        assert_close(&format!("{tap}"), &found, &expected, 2e-2);
+        let found = half.vjp(tape, &cotangent).unwrap();
+        assert_eq!(found.dtype(), DType::F16);
+        assert_close(&format!("{tap} gradient"), &found, &gradient, 2e-2);
+    }
+    let expected = single.forward(&latents(), &TIMESTEPS, &single_text).unwrap();
+    assert_close("noise", &half.forward(&latents(), &TIMESTEPS, &half_text).unwrap(), &expected, 2e-2);
+}
+
+/// candle has no bf16 convolution or product on the CPU: that must be said, not panicked about.
+#[test]
+fn bfloat16_on_the_cpu_is_an_error() {
+    let unet = tiny_unet("sd2", DType::BF16);
+    let message = unet.text(&values(2, (2, 7, 32))).err().unwrap().to_string();
+    assert!(message.to_lowercase().contains("bf16"), "{message}");
+}
+
+#[test]
+fn the_same_inputs_give_the_same_bits() {
+    let unet = tiny_unet("sd1", DType::F32);
+    let text = text(&unet);
+    let tap = unet.config().tap("up1").unwrap();
+    let run = || {
+        let (activation, tape) = unet.forward_to(&latents(), &TIMESTEPS, &text, tap).unwrap();
+        let gradient = unet.vjp(tape, &values(3, activation.shape())).unwrap();
+        let noise = unet.forward(&latents(), &TIMESTEPS, &text).unwrap();
+        [activation, gradient, noise].map(|t| bits(&t))
+    };
+    let first = run();
+    assert!((0..3).all(|_| run() == first));
+    // A second load of the same files too.
+    let again = tiny_unet("sd1", DType::F32);
+    let keys = again.text(&values(2, (2, 7, 32))).unwrap();
+    assert!(bits(&again.forward(&latents(), &TIMESTEPS, &keys).unwrap()) == first[2]);
+}
+
+#[test]
+fn batch_items_do_not_depend_on_their_neighbours() {
+    for family in FAMILIES {
+        let unet = tiny_unet(family, DType::F32);
+        let text = text(&unet);
+        let tap = unet.config().tap("up2").unwrap();
+        let run = |latents: &Tensor, timesteps: &[f64], text: &TextKeys, cotangent: &Tensor| {
+            let (activation, tape) = unet.forward_to(latents, timesteps, text, tap).unwrap();
+            let gradient = unet.vjp(tape, cotangent).unwrap();
+            [activation, gradient, unet.forward(latents, timesteps, text).unwrap()]
+        };
+        let cotangent = values(3, (2, unet.config().tap_channels(tap), 10, 8));
+        let both = run(&latents(), &TIMESTEPS, &text, &cotangent);
+        for item in 0..2 {
+            let row = |t: &Tensor| t.narrow(0, item, 1).unwrap();
+            let keys = text.rows(item, 1).unwrap();
+            let alone = run(&row(&latents()), &TIMESTEPS[item..item + 1], &keys, &row(&cotangent));
+            for (together, alone) in both.iter().zip(&alone) {
+                assert_close(&format!("{family} item {item}"), &row(together), alone, 1e-5);
+            }
+        }
+    }
+}
