@@ -12,10 +12,14 @@ pub const FAMILIES: [&str; 2] = ["sd1", "sd2"];
 /// The parity folder: `PARITY_CASES` when set, else the copy beside these tests.
 pub fn parity(path: &str) -> PathBuf {
     match std::env::var_os("PARITY_CASES") {
-        Some(folder) => PathBuf::from(folder),
-        None => PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("parity"),
+        Some(folder) => PathBuf::from(folder).join(path),
+        None => committed(path),
     }
-    .join(path)
+}
+
+/// The copy beside these tests, whatever `PARITY_CASES` says: for tests that state its sizes.
+pub fn committed(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("parity").join(path)
 }
 
 /// All tensors of one case file, on the CPU as stored.
@@ -24,9 +28,9 @@ pub fn case(path: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(&path, &Device::Cpu).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// The U-Net of a family's tiny pipeline, on the CPU.
+/// The U-Net of a family's committed tiny pipeline, on the CPU.
 pub fn tiny_unet(family: &str, dtype: DType) -> UNet {
-    UNet::load(&parity(&format!("{family}-tiny/unet")), dtype, &Device::Cpu).unwrap()
+    UNet::load(&committed(&format!("{family}-tiny/unet")), dtype, &Device::Cpu).unwrap()
 }
 
 /// Fixed f32 values between -1 and 1 that follow no grid; other seeds give others.

@@ -1,8 +1,8 @@
 //! Merged LoRA weights against PyTorch's: rank 3, alpha 6, on four projections of either kind of attention.
 
-use candle_core::DType;
-use diffusion::LoraEntry;
-use tests::{FAMILIES, assert_close, case, relative_error, tiny_unet};
+use candle_core::{DType, Device};
+use diffusion::{LoraEntry, UNet};
+use tests::{FAMILIES, assert_close, case, parity, relative_error};
 
 #[test]
 fn parity_of_merged_weights() {
@@ -19,7 +19,8 @@ fn parity_of_merged_weights() {
         let entries: Vec<_> = merged.keys().map(entry).collect();
         assert_eq!(3 * entries.len(), peft.len());
 
-        let mut unet = tiny_unet(family, DType::F32);
+        let folder = parity(&format!("{family}-tiny/unet"));
+        let mut unet = UNet::load(&folder, DType::F32, &Device::Cpu).unwrap();
         let plain: Vec<_> = unet.projections().map(|(module, weight)| (module, weight.clone())).collect();
         unet.merge_lora(&entries, 1.).unwrap();
         let mut changed = 0;

@@ -132,7 +132,13 @@ mod tests {
     }
 
     /// Rows of `n` values: mean and biased variance of each, then weight and bias by `channel(index)`.
-    fn by_definition(x: &Tensor, n: usize, weight: &Tensor, bias: &Tensor, channel: impl Fn(usize) -> usize) -> Vec<f64> {
+    fn by_definition(
+        x: &Tensor,
+        n: usize,
+        weight: &Tensor,
+        bias: &Tensor,
+        channel: impl Fn(usize) -> usize,
+    ) -> Vec<f64> {
         let (x, weight, bias) = (numbers(x), numbers(weight), numbers(bias));
         let mut y = Vec::new();
         for row in x.chunks(n) {

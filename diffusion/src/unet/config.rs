@@ -179,12 +179,17 @@ impl UNetConfig {
             sample_size: file.sample_size,
             block_out_channels: file.block_out_channels,
         };
-        config.check_divisors()?;
+        config.check_widths()?;
         Ok(config)
     }
 
-    fn check_divisors(&self) -> std::result::Result<(), String> {
+    fn check_widths(&self) -> std::result::Result<(), String> {
+        // Far more than any model has, and nothing computed from it overflows.
+        const MOST: usize = 1 << 20;
         for (channels, heads) in self.block_out_channels.iter().zip(&self.heads) {
+            if !(1..=MOST).contains(channels) {
+                return Err(format!("`block_out_channels` has {channels}; from 1 to {MOST} are supported"));
+            }
             for (key, divisor) in [("norm_num_groups", self.norm_num_groups), ("attention_head_dim", *heads)] {
                 if divisor == 0 || channels % divisor != 0 {
                     return Err(format!("`{key}` is {divisor}, which does not divide {channels} channels"));

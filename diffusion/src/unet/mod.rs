@@ -47,6 +47,14 @@ pub struct UNet {
     revision: u64,
 }
 
+/// A power of two that brings the largest value near 1. The gradients of a score can be far below what f16 holds (6e-8), or
+/// beyond 65504; the backward pass is linear, so it may run on a multiple.
+fn scale_for_f16(cotangent: &Tensor) -> Result<f64> {
+    let largest = cotangent.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    // Zero and what is not finite have no such power.
+    Ok(if largest.is_normal() { 2f64.powi(-largest.log2().floor().clamp(-100., 100.) as i32) } else { 1. })
+}
+
 /// A number that no U-Net in this process had before.
 fn new_revision() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -177,7 +185,8 @@ impl UNet {
         Ok((activation, tape.expect("recorded because a tap was given")))
     }
 
-    /// The gradient of `sum(cotangent * activation)` for the latents, in their shape `[B, in_channels, h, w]`.
+    /// The gradient of `sum(cotangent * activation)` for the latents, in their shape `[B, in_channels, h, w]` and the
+    /// cotangent's dtype.
     pub fn vjp(&self, tape: Tape, cotangent: &Tensor) -> Result<Tensor> {
         if tape.revision != self.revision {
             return Err(Error::Input("the tape was recorded with other weights; evaluate again".into()));
@@ -186,7 +195,8 @@ impl UNet {
             let (found, expected) = (cotangent.dims(), &tape.activation);
             return Err(Error::Input(format!("cotangent has shape {found:?}, the activation {expected:?}")));
         }
-        let mut d = cotangent.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;
+        let scale = if self.dtype == DType::F16 { scale_for_f16(cotangent)? } else { 1. };
+        let mut d = (cotangent * scale)?.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;
         let mut skips = Vec::new();
         for (block, tape) in self.up.iter().zip(tape.up).rev() {
             d = block.vjp(tape, d, &mut skips)?;
@@ -197,7 +207,8 @@ impl UNet {
         for (block, tape) in self.down.iter().zip(tape.down).rev() {
             d = block.vjp(tape, d, &mut skips)?;
         }
-        self.conv_in.vjp(&add_skip(d, &mut skips)?, tape.size)
+        let gradient = self.conv_in.vjp(&add_skip(d, &mut skips)?, tape.size)?;
+        Ok((gradient.to_dtype(cotangent.dtype())? / scale)?)
     }
 
     /// Runs to the tap, recording, or to the last block, where each block's tape is dropped at once.
@@ -234,14 +245,15 @@ impl UNet {
         }
         let activation = x.dims().to_vec();
         let revision = self.revision;
-        let tape = end.map(|tap| Tape { revision, tap, activation, size, down: down_tapes, mid: mid_tape, up: up_tapes });
+        let tape =
+            end.map(|tap| Tape { revision, tap, activation, size, down: down_tapes, mid: mid_tape, up: up_tapes });
         Ok((x, tape))
     }
 
     fn check_inputs(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<()> {
         let channels = self.config.in_channels;
         let batch = match latents.dims() {
-            [batch, found, h, w] if *found == channels && *h > 0 && *w > 0 => *batch,
+            [batch, found, h, w] if *found == channels && [batch, h, w].iter().all(|size| **size > 0) => *batch,
             found => {
                 return Err(Error::Input(format!("latents have shape {found:?}, expected [batch, {channels}, h, w]")));
             }

@@ -54,7 +54,7 @@ impl UNet {
     pub fn text(&self, context: &Tensor) -> Result<TextKeys> {
         let width = self.config.cross_attention_dim;
         match context.dims() {
-            [_, _, found] if *found == width => {}
+            [batch, tokens, found] if *found == width && *batch > 0 && *tokens > 0 => {}
             found => {
                 let message = format!("text embeddings have shape {found:?}, expected [batch, tokens, {width}]");
                 return Err(Error::Input(message));
