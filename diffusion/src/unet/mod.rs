@@ -228,10 +228,10 @@ impl UNet {
 
         let mut x = self.conv_in.forward(&latents.to_dtype(self.dtype)?.to_device(&self.device)?)?;
         let mut skips = vec![x.clone()];
-        for (i, block) in self.down.iter().enumerate().take_while(|(i, _)| reached(Tap::Down(*i))) {
+        for (_, block) in self.down.iter().enumerate().take_while(|(i, _)| reached(Tap::Down(*i))) {
             let (y, tape) = block.record(&x, condition, &mut skips)?;
             x = y;
-            down_tapes.extend(end.map(|_| (i, tape).1));
+            down_tapes.extend(end.map(|_| tape));
         }
         if let Some(block) = self.mid.as_ref().filter(|_| reached(Tap::Mid)) {
             let (y, tape) = block.record(&x, condition)?;
