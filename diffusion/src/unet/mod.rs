@@ -39,6 +39,7 @@ pub struct UNet {
     mid: Option<MidBlock>,
     up: Vec<UpBlock>,
     out: Option<(GroupNorm, Conv2d)>,
+    weight_bytes: u64,
     lora: lora::Merged,
     /// Counts changes of the weights, so that text keys made before a change are recognised.
     revision: u64,
@@ -123,6 +124,7 @@ impl UNet {
             down,
             mid,
             up,
+            weight_bytes: root.taken_bytes(),
             lora: lora::Merged::default(),
             revision: 0,
             config,
@@ -137,6 +139,11 @@ impl UNet {
     /// The dtype that the model computes in; inputs are converted to it.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Bytes of the weights that were loaded.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
     }
 
     /// The device that the model is on.
