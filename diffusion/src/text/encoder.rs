@@ -99,7 +99,7 @@ impl TextEncoder {
         let root = checkpoint.root();
         let prefixed = root.enter("text_model");
         let top = if prefixed.contains("final_layer_norm.weight") { prefixed } else { root };
-        checkpoint.ignore(&top.enter("embeddings.position_ids").path().to_owned());
+        checkpoint.ignore(top.enter("embeddings.position_ids").path());
         let encoder = Self::from_scope(config, &top)?;
         checkpoint.finish()?;
         Ok(encoder)
