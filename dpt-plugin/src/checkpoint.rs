@@ -35,6 +35,18 @@ pub(crate) fn open(path: &Path, device: &Device) -> Result<Checkpoint> {
     }
 }
 
+impl Adapter {
+    /// Loads an adapter from a file in the released names, safetensors or PyTorch pickle, onto `device`. LoRA weights that
+    /// the file also holds are passed over; other tensors that an adapter does not have are an error.
+    pub fn open(path: &Path, hints: SizeHints, device: &Device) -> Result<Self> {
+        let checkpoint = open(path, device)?;
+        let adapter = load_adapter(&checkpoint, hints)?;
+        checkpoint.ignore_below("unet.");
+        checkpoint.finish()?;
+        Ok(adapter)
+    }
+}
+
 /// Takes the adapter out of a checkpoint. LoRA tensors stay; what remains besides them can be found by
 /// [`Checkpoint::finish`].
 pub(crate) fn load_adapter(checkpoint: &Checkpoint, hints: SizeHints) -> Result<Adapter> {
