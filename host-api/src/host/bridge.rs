@@ -6,9 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::Host;
 use super::gradient::{self, Activation};
-use crate::abi::{
-    SH_HOST_GRADIENT, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_INFO, SH_LOG_TRACE, SH_LOG_WARN, sh_host, sh_string,
-};
+use crate::abi::{SH_HOST_GRADIENT, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_TRACE, SH_LOG_WARN, sh_host, sh_string};
 use crate::ffi::{self, read_string};
 
 /// What `sh_host.instance` points to. Lives in a box from create to destroy.
@@ -67,7 +65,7 @@ unsafe extern "C" fn log(host: *const sh_host, level: i32, message: sh_string) {
         SH_LOG_WARN => log::Level::Warn,
         SH_LOG_DEBUG => log::Level::Debug,
         SH_LOG_TRACE => log::Level::Trace,
-        SH_LOG_INFO | _ => log::Level::Info,
+        _ => log::Level::Info,
     };
     if let (Some(bridge), Ok(message)) = (bridge, message) {
         let _ = ffi::catch(|| {
