@@ -179,7 +179,8 @@ impl Generate {
                 images: files,
             };
             let text = serde_json::to_string_pretty(&report).expect("a report is plain data");
-            std::fs::write(path, text + "\n").map_err(|e| Error::File { path: path.clone(), message: e.to_string() })?;
+            std::fs::write(path, text + "\n")
+                .map_err(|e| Error::File { path: path.clone(), message: e.to_string() })?;
         }
         Ok(())
     }

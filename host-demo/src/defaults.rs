@@ -13,9 +13,9 @@ pub fn default_model() -> Result<PathBuf> {
     let program = std::env::current_exe().ok();
     let starts = [current.as_deref(), program.as_deref()];
     let ancestors = starts.into_iter().flatten().flat_map(Path::ancestors);
-    ancestors.map(|folder| folder.join(SHAPES)).find(|folder| folder.join("model_index.json").is_file()).ok_or_else(|| {
-        Error::Request(format!("no `{SHAPES}` in or above the current directory or this program; give --model"))
-    })
+    ancestors.map(|folder| folder.join(SHAPES)).find(|folder| folder.join("model_index.json").is_file()).ok_or_else(
+        || Error::Request(format!("no `{SHAPES}` in or above the current directory or this program; give --model")),
+    )
 }
 
 /// The plugin library beside this program (`libdpt.so`, `libdpt.dylib` or `dpt.dll`).

@@ -57,9 +57,9 @@ impl Gradient for DemoHost {
     fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> host_api::Result<(Vec<usize>, Vec<f32>)> {
         let unet = self.unet();
         let text = lock(&self.text);
-        let text = text.as_ref().ok_or_else(|| {
-            host_api::Error::new(Status::InvalidState, "features were asked for outside a run")
-        })?;
+        let text = text
+            .as_ref()
+            .ok_or_else(|| host_api::Error::new(Status::InvalidState, "features were asked for outside a run"))?;
         let tap = unet.config().tap(tap).map_err(|e| host_api::Error::new(Status::NotFound, e.to_string()))?;
         let evaluate = || -> diffusion::Result<_> {
             let latents = Tensor::from_vec(latents.to_vec(), latents.shape(), unet.device())?;

@@ -105,7 +105,9 @@ impl Session {
         let guided = request.guidance != 1.;
         let context = match guided {
             false => conditional.hidden.clone(),
-            true => Tensor::cat(&[text.encode(&vec![&*request.negative; batch])?.hidden, conditional.hidden.clone()], 0)?,
+            true => {
+                Tensor::cat(&[text.encode(&vec![&*request.negative; batch])?.hidden, conditional.hidden.clone()], 0)?
+            }
         };
         let keys = host.unet().text(&context)?;
         host.set_text(Some(keys.rows(keys.batch() - batch, batch)?));

@@ -47,12 +47,13 @@ impl Session {
             None => None,
             Some(choice) => {
                 let library = Library::open(&choice.library).map_err(Error::plugin("load"))?;
-                let id = library.descriptors().first().map(|d| d.id).ok_or_else(|| {
-                    Error::Request(format!("{} holds no plugin", choice.library.display()))
-                })?;
-                let mut instance = library
-                    .create(id, host.clone(), &choice.config.to_string())
-                    .map_err(Error::plugin("create"))?;
+                let id = library
+                    .descriptors()
+                    .first()
+                    .map(|d| d.id)
+                    .ok_or_else(|| Error::Request(format!("{} holds no plugin", choice.library.display())))?;
+                let mut instance =
+                    library.create(id, host.clone(), &choice.config.to_string()).map_err(Error::plugin("create"))?;
                 let config_path = model.join("unet/config.json");
                 let config = std::fs::read_to_string(&config_path).map_err(|e| Error::file(&config_path, e))?;
                 let noise = NoiseSchedule::new(&scheduler)?;
