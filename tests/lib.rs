@@ -1,7 +1,9 @@
 //! What the integration tests share: where the parity cases are, and how close is close enough.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Shape, Tensor};
 use diffusion::UNet;
@@ -59,4 +61,26 @@ pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
 pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     let error = relative_error(a, b);
     assert!(error < tolerance, "{what}: relative error {error:.3e}, tolerance {tolerance:.1e}");
+}
+
+/// The real plugin library, built from the current sources in the profile of the running test, so that no test loads a stale
+/// one.
+pub fn plugin_library() -> &'static Path {
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
+    LIBRARY.get_or_init(|| {
+        // target/<profile>/deps/<test>
+        let test = std::env::current_exe().expect("the running test has a path");
+        let folder = test.ancestors().nth(2).expect("a test lies in target/<profile>/deps").to_owned();
+        let mut build = Command::new(env!("CARGO"));
+        build
+            .args(["build", "--quiet", "--package", "dpt-plugin-cdylib", "--target-dir"])
+            .arg(folder.parent().unwrap());
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        let status = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
+        assert!(status.success(), "building the plugin library failed");
+        let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+        folder.join(name)
+    })
 }

@@ -1,6 +1,6 @@
 //! Named tensors from a file, with every name accounted for.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +17,7 @@ pub struct Checkpoint {
     dtype: DType,
     device: Device,
     taken: RefCell<BTreeSet<String>>,
+    taken_bytes: Cell<u64>,
 }
 
 enum Source {
@@ -42,7 +43,14 @@ impl Checkpoint {
     }
 
     fn new(path: &Path, source: Source, dtype: DType, device: &Device) -> Self {
-        Self { source, path: path.to_owned(), dtype, device: device.clone(), taken: RefCell::default() }
+        Self {
+            source,
+            path: path.to_owned(),
+            dtype,
+            device: device.clone(),
+            taken: RefCell::default(),
+            taken_bytes: Cell::new(0),
+        }
     }
 
     /// The file's path.
@@ -157,7 +165,14 @@ impl Scope<'_> {
         }
         let tensor = self.checkpoint.load(&name).map_err(|e| Error::file(path(), format!("tensor `{name}`: {e}")))?;
         self.checkpoint.taken.borrow_mut().insert(name);
+        let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+        self.checkpoint.taken_bytes.set(self.checkpoint.taken_bytes.get() + bytes as u64);
         Ok(tensor)
+    }
+
+    /// Bytes of the tensors taken from the checkpoint so far, as delivered.
+    pub fn taken_bytes(&self) -> u64 {
+        self.checkpoint.taken_bytes.get()
     }
 
     fn full(&self, name: &str) -> String {

@@ -28,8 +28,22 @@ pub(crate) fn open(path: &Path, device: &Device) -> Result<Checkpoint> {
             }
             Ok(Checkpoint::from_tensors(path, tensors.into_iter().collect(), DType::F32, device))
         }
-        [0x80, ..] => Err(Error::file(path, "a PyTorch pickle in the format before 1.6; save it again with a current one")),
+        [0x80, ..] => {
+            Err(Error::file(path, "a PyTorch pickle in the format before 1.6; save it again with a current one"))
+        }
         _ => Ok(Checkpoint::open(path, DType::F32, device)?),
+    }
+}
+
+impl Adapter {
+    /// Loads an adapter from a file in the released names, safetensors or PyTorch pickle, onto `device`. LoRA weights that
+    /// the file also holds are passed over; other tensors that an adapter does not have are an error.
+    pub fn open(path: &Path, hints: SizeHints, device: &Device) -> Result<Self> {
+        let checkpoint = open(path, device)?;
+        let adapter = load_adapter(&checkpoint, hints)?;
+        checkpoint.ignore_below("unet.");
+        checkpoint.finish()?;
+        Ok(adapter)
     }
 }
 
@@ -63,7 +77,10 @@ fn header_hints(path: &Path) -> Result<SizeHints> {
     }
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER {
-        return Err(Error::file(path, format!("a safetensors header of {length} bytes, over the limit of {MAX_HEADER}")));
+        return Err(Error::file(
+            path,
+            format!("a safetensors header of {length} bytes, over the limit of {MAX_HEADER}"),
+        ));
     }
     let mut header = Vec::new();
     file.take(length).read_to_end(&mut header).map_err(|e| Error::file(path, e))?;

@@ -105,7 +105,10 @@ impl Config {
             return Err(Error::Config("`gradient` is \"plugin\", which needs a `base_model`".into()));
         }
         if !config.lora_strength.is_finite() {
-            return Err(Error::Config(format!("`lora_strength` is {}, expected a finite number", config.lora_strength)));
+            return Err(Error::Config(format!(
+                "`lora_strength` is {}, expected a finite number",
+                config.lora_strength
+            )));
         }
         Ok(config)
     }

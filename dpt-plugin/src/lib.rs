@@ -1,1 +1,23 @@
-//! Placeholder.
+//! Discriminative Probing and Tuning (CVPR 2024) as a sampler-hook plugin: an adapter on U-Net features scores how well
+//! noisy latents match the prompt, and the score's gradient corrects the latents at every step.
+//!
+//! [`DptPlugin`] is the plugin; the crate `dpt-plugin-cdylib` exports it from the shared library that hosts load.
+
+mod adapter;
+mod checkpoint;
+mod config;
+mod correct;
+mod error;
+mod lora;
+mod params;
+mod plugin;
+mod score;
+mod source;
+mod text;
+
+pub use adapter::{Adapter, AdapterSizes, Grounding, SizeHints};
+pub use config::{Config, GradientSource, SCHEMA};
+pub use correct::{correction, norm};
+pub use error::{Error, Result};
+pub use plugin::DptPlugin;
+pub use score::{score, score_and_gradient};

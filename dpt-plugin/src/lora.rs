@@ -47,3 +47,20 @@ fn matrix(checkpoint: &Checkpoint, name: &str) -> Result<Tensor> {
         None => Err(Error::file(checkpoint.path(), format!("tensor `{name}` is missing"))),
     }
 }
+
+/// The entries as the ABI's extension hands them to hosts.
+pub(crate) fn for_hosts(entries: &[LoraEntry]) -> Result<host_api::plugin::Lora> {
+    let entry = |entry: &LoraEntry| -> Result<host_api::plugin::LoraEntry> {
+        let ((rank, in_features), out_features) = (entry.down.dims2()?, entry.up.dim(0)?);
+        Ok(host_api::plugin::LoraEntry {
+            module: entry.module.clone(),
+            rank,
+            in_features,
+            out_features,
+            down: entry.down.flatten_all()?.to_vec1()?,
+            up: entry.up.flatten_all()?.to_vec1()?,
+            scale: entry.scale,
+        })
+    };
+    Ok(host_api::plugin::Lora::new(entries.iter().map(entry).collect::<Result<_>>()?)?)
+}

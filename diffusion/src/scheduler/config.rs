@@ -139,7 +139,9 @@ impl SchedulerConfig {
             Betas::SquaredCosine => {}
         }
         match self.clip {
-            Some(range) if !(range > 0.0) => Err(format!("clip_sample_range is {range}, expected a positive number")),
+            Some(range) if range.is_nan() || range <= 0.0 => {
+                Err(format!("clip_sample_range is {range}, expected a positive number"))
+            }
             _ => Ok(()),
         }
     }

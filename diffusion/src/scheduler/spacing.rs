@@ -27,8 +27,10 @@ impl Spacing {
         let timesteps: Vec<usize> = match self {
             Self::Leading => (0..steps).rev().map(|i| i * (total / steps) + offset).collect(),
             Self::Trailing => {
-                let ratio = total as f64 / steps as f64;
-                (0..steps).map(|i| round(total as f64 - i as f64 * ratio) - 1).collect()
+                // numpy's arange takes its step from its first two values; halves fall to a side by its rounding.
+                let start = total as f64;
+                let step = (start - start / steps as f64) - start;
+                (0..steps).map(|i| round(start + i as f64 * step) - 1).collect()
             }
             Self::Linspace => {
                 let ratio = (total - 1) as f64 / (steps.max(2) - 1) as f64;
@@ -67,6 +69,8 @@ mod tests {
         assert_eq!(trailing(3), [999, 666, 332]);
         // Multiples of 62.5: 937.5 rounds to 938, 812.5 to 812.
         assert_eq!(trailing(16)[..4], [999, 937, 874, 811]);
+        // Multiples of 20.8333: the step that numpy recovers is a little longer, so 937.5 becomes 937.4999 and 937.
+        assert_eq!(trailing(48)[..4], [999, 978, 957, 936]);
         assert_eq!(trailing(1), [999]);
         assert_eq!(trailing(1000).last(), Some(&0));
     }

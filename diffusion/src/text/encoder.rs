@@ -3,68 +3,11 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde::Deserialize;
 
+use super::config::{Activation, Config};
 use super::layer::{Layer, LayerNorm, statistics_dtype};
-use crate::config::{read_json, weights_file};
+use crate::config::weights_file;
 use crate::{Checkpoint, Error, Result, Scope};
-
-/// `text_encoder/config.json`, as far as it shapes the model.
-#[derive(Clone, Debug, Deserialize)]
-struct Config {
-    vocab_size: usize,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    max_position_embeddings: usize,
-    #[serde(default = "default_activation")]
-    hidden_act: String,
-    #[serde(default = "default_eps")]
-    layer_norm_eps: f64,
-    #[serde(default = "default_eos")]
-    eos_token_id: u32,
-}
-
-// What transformers' CLIPTextConfig assumes for an absent key.
-fn default_activation() -> String {
-    "quick_gelu".to_owned()
-}
-fn default_eps() -> f64 {
-    1e-5
-}
-fn default_eos() -> u32 {
-    49407
-}
-
-/// What the perceptrons apply between their two layers.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Activation {
-    /// `x sigmoid(1.702 x)`, OpenAI's CLIP (SD 1.x).
-    QuickGelu,
-    /// The exact GELU, with erf (SD 2.x).
-    Gelu,
-}
-
-impl Activation {
-    fn named(name: &str) -> Result<Self> {
-        match name {
-            "quick_gelu" => Ok(Self::QuickGelu),
-            "gelu" => Ok(Self::Gelu),
-            _ => Err(Error::Unsupported(format!(
-                "text encoder: hidden_act `{name}` is not supported; expected `quick_gelu` or `gelu`"
-            ))),
-        }
-    }
-
-    /// Elementwise; keeps shape and dtype.
-    pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * 1.702)?)?)?,
-            Self::Gelu => x.gelu_erf()?,
-        })
-    }
-}
 
 /// The text encoder of Stable Diffusion 1.x and 2.x, as transformers' `CLIPTextModel`.
 pub struct TextEncoder {
@@ -91,15 +34,13 @@ impl TextEncoder {
     /// Tensors may be named with the prefix `text_model.` or without. Fails when a tensor is missing, misshapen or
     /// unknown (a projection and `position_ids` may be there; neither is used), and when the activation is unknown.
     pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
-        let config_path = folder.join("config.json");
-        let config: Config = read_json(&config_path)?;
-        config.check().map_err(|message| Error::file(&config_path, message))?;
+        let config = Config::load(folder)?;
         let checkpoint = Checkpoint::open(&weights_file(folder, "model")?, dtype, device)?;
         checkpoint.ignore("text_projection.weight");
         let root = checkpoint.root();
         let prefixed = root.enter("text_model");
         let top = if prefixed.contains("final_layer_norm.weight") { prefixed } else { root };
-        checkpoint.ignore(&top.enter("embeddings.position_ids").path().to_owned());
+        checkpoint.ignore(top.enter("embeddings.position_ids").path());
         let encoder = Self::from_scope(config, &top)?;
         checkpoint.finish()?;
         Ok(encoder)
@@ -182,16 +123,6 @@ impl TextEncoder {
             return Err(Error::Input(format!("text encoder: token id {id}, but there are {size} token embeddings")));
         }
         Ok(positions)
-    }
-}
-
-impl Config {
-    fn check(&self) -> std::result::Result<(), String> {
-        let Self { hidden_size: d, num_attention_heads: heads, .. } = self;
-        if *d == 0 || *heads == 0 || d % heads != 0 {
-            return Err(format!("hidden_size {d} cannot be split over num_attention_heads {heads}"));
-        }
-        Ok(())
     }
 }
 

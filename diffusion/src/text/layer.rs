@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Tensor};
 use candle_nn::{Linear, Module, ops};
 
-use super::encoder::Activation;
+use super::config::Activation;
 use crate::{Result, Scope};
 
 /// The dtype of sums and exponentials: f32 where the model's own is narrower.

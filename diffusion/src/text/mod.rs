@@ -1,5 +1,6 @@
 //! From a prompt to what conditions the U-Net: CLIP's tokenizer and CLIP's text encoder.
 
+mod config;
 mod encoder;
 mod layer;
 mod special_tokens;

@@ -42,6 +42,7 @@ pub struct UNet {
     mid: Option<MidBlock>,
     up: Vec<UpBlock>,
     out: Option<(GroupNorm, Conv2d)>,
+    weight_bytes: u64,
     lora: lora::Merged,
     /// Stands for these weights as they are now, so that text keys and tapes made with others are recognised.
     revision: u64,
@@ -141,6 +142,7 @@ impl UNet {
             down,
             mid,
             up,
+            weight_bytes: root.taken_bytes(),
             lora: lora::Merged::default(),
             revision: new_revision(),
             config,
@@ -155,6 +157,11 @@ impl UNet {
     /// The dtype that the model computes in; inputs are converted to it.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Bytes of the weights that were loaded.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
     }
 
     /// The device that the model is on.

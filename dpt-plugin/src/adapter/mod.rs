@@ -33,12 +33,13 @@ pub struct Adapter {
     decoder: Vec<DecoderLayer>,
     decoder_norm: LayerNorm,
     heads: Heads,
+    weight_bytes: u64,
 }
 
 impl Adapter {
     /// Takes the adapter's tensors from a checkpoint in the released names.
     pub fn load(scope: &Scope, sizes: AdapterSizes) -> Result<Self> {
-        let d = sizes.d_model;
+        let (d, before) = (sizes.d_model, scope.taken_bytes());
         let projection = scope.tensor("input_proj.weight", &[d, sizes.channels, 1, 1])?.flatten_from(1)?;
         let time = scope.enter("timestep_embedding.time_embedding");
         let encoder = scope.enter("transformer.encoder.layers");
@@ -54,6 +55,7 @@ impl Adapter {
             decoder: decoder_layers.collect::<Result<_>>()?,
             decoder_norm: LayerNorm::load(&decoder.enter("norm"), d)?,
             heads: Heads::load(scope, &sizes)?,
+            weight_bytes: scope.taken_bytes() - before,
             sizes,
         })
     }
@@ -61,6 +63,11 @@ impl Adapter {
     /// Sizes of the adapter.
     pub fn sizes(&self) -> &AdapterSizes {
         &self.sizes
+    }
+
+    /// Bytes of the weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
     }
 
     /// The device that the weights are on.

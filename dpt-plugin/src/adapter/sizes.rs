@@ -85,7 +85,9 @@ impl AdapterSizes {
             })
         };
         let tap = hints.tap.ok_or_else(|| {
-            Error::Adapter("neither the file's header nor the configuration says which U-Net block it reads: `tap`".into())
+            Error::Adapter(
+                "neither the file's header nor the configuration says which U-Net block it reads: `tap`".into(),
+            )
         })?;
         let sizes = Self {
             tap,
@@ -105,7 +107,9 @@ impl AdapterSizes {
             return Err(Error::Adapter(format!("width {d_model} must be divisible by 4 and by its {heads} heads")));
         }
         if matching_queries == 0 || matching_queries > queries {
-            return Err(Error::Adapter(format!("{matching_queries} matching queries of {queries}; expected 1 to {queries}")));
+            return Err(Error::Adapter(format!(
+                "{matching_queries} matching queries of {queries}; expected 1 to {queries}"
+            )));
         }
         if sizes.decoder_layers == 0 {
             return Err(Error::Adapter("the decoder has no layers".into()));

@@ -65,7 +65,8 @@ pub(crate) fn device_from_raw(device: DLDevice) -> Result<Device> {
     }
 }
 
-fn to_raw(base: *const u8, layout: &Layout, flags: u32) -> sh_view {
+/// Points to `base` and into `layout`.
+pub(crate) fn to_raw(base: *const u8, layout: &Layout, flags: u32) -> sh_view {
     sh_view {
         struct_size: ffi::struct_size::<sh_view>(),
         flags,

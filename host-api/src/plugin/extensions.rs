@@ -7,8 +7,8 @@ use super::instance::{Instance, State};
 use super::tables::enter;
 use super::{Lora, LoraLayout, ParamKind, Params, Plugin};
 use crate::abi::{
-    SH_PARAM_BOOLEAN, SH_PARAM_CHOICE, SH_PARAM_FLOAT, SH_PARAM_INTEGER, SH_PARAM_LIVE, sh_error, sh_lora_entry,
-    sh_param, sh_plugin, sh_plugin_lora, sh_plugin_params, sh_status, sh_string, sh_view,
+    SH_PARAM_BOOLEAN, SH_PARAM_CHOICE, SH_PARAM_FLOAT, SH_PARAM_INTEGER, SH_PARAM_LIVE, SH_VIEW_READ_ONLY, sh_error,
+    sh_lora_entry, sh_param, sh_plugin, sh_plugin_lora, sh_plugin_params, sh_status, sh_string, sh_view,
 };
 use crate::error::{Error, Result, Status};
 use crate::ffi::{self, read_string};
@@ -34,24 +34,34 @@ impl ParamsTable {
 /// LoRA weights with what the host may point into until destroy.
 pub(super) struct LoraTable {
     lora: Arc<Lora>,
-    views: Vec<[(Box<[i64; 2]>, Box<sh_view>); 2]>,
+    factors: Vec<[Factor; 2]>,
+}
+
+/// `down` or `up`: a view and the shape that it points to, both where they stay.
+struct Factor {
+    _shape: Box<[i64; 2]>,
+    view: Box<sh_view>,
+}
+
+impl Factor {
+    fn new(data: &[f32], rows: usize, columns: usize) -> Self {
+        let mut shape = Box::new([rows as i64, columns as i64]);
+        let mut view = Box::new(ffi::view::empty());
+        view.flags = SH_VIEW_READ_ONLY;
+        view.tensor.data = data.as_ptr().cast_mut().cast();
+        view.tensor.ndim = 2;
+        view.tensor.shape = shape.as_mut_ptr();
+        Self { _shape: shape, view }
+    }
 }
 
 impl LoraTable {
     pub(super) fn new(lora: Arc<Lora>) -> Self {
-        let view = |data: &[f32], rows: usize, columns: usize| {
-            let mut shape = Box::new([rows as i64, columns as i64]);
-            let mut raw = ffi::view::empty();
-            raw.flags = crate::abi::SH_VIEW_READ_ONLY;
-            raw.tensor.data = data.as_ptr().cast_mut().cast();
-            raw.tensor.ndim = 2;
-            raw.tensor.shape = shape.as_mut_ptr();
-            (shape, Box::new(raw))
-        };
-        let views = lora.entries().iter().map(|entry| {
-            [view(&entry.down, entry.rank, entry.in_features), view(&entry.up, entry.out_features, entry.rank)]
+        let factors = lora.entries().iter().map(|entry| {
+            let down = Factor::new(&entry.down, entry.rank, entry.in_features);
+            [down, Factor::new(&entry.up, entry.out_features, entry.rank)]
         });
-        Self { views: views.collect(), lora }
+        Self { factors: factors.collect(), lora }
     }
 }
 
@@ -224,14 +234,14 @@ unsafe extern "C" fn lora_entry<P: Plugin>(
         unsafe { ffi::check_struct(entry.cast_const(), "entry") }?;
         let table = lora_of(instance)?;
         let found = table.lora.entry(narrow(index))?;
-        let [(_, down), (_, up)] = &table.views[narrow(index)];
+        let [down, up] = &table.factors[narrow(index)];
         let known = sh_lora_entry {
             // SAFETY: checked above.
             struct_size: unsafe { (*entry).struct_size },
             rank: found.rank as u32,
             module: sh_string::borrowing(&found.module),
-            down: &raw const **down,
-            up: &raw const **up,
+            down: &raw const *down.view,
+            up: &raw const *up.view,
             scale: found.scale,
         };
         // SAFETY: checked above.

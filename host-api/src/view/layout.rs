@@ -49,7 +49,7 @@ impl Layout {
         let size = dtype.size() as i64;
         let (mut low, mut high) = (0i64, 0i64);
         for axis in 0..layout.ndim {
-            if layout.count == 0 || shape[axis] == 1 {
+            if layout.count == 0 || layout.shape[axis] == 1 {
                 continue; // a stride that is never taken may be anything
             }
             let reach = layout.strides[axis].checked_mul(layout.raw_shape[axis] - 1).and_then(|r| r.checked_mul(size));

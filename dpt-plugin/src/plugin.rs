@@ -1,0 +1,342 @@
+//! The plugin itself: one method per call of the ABI.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use diffusion::{LoraEntry, TextModel, UNet, UNetConfig};
+use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
+use host_api::{Descriptor, Model, Needs, Outcome, Prediction, Report, Run, Space, Status, Step};
+
+use crate::config::{Config, GradientSource};
+use crate::params::{Strength, params};
+use crate::score::{score, score_and_gradient};
+use crate::source::{Evaluation, OwnUNet, Source};
+use crate::text::{Conditioning, TextRequirements};
+use crate::{Adapter, Error, Result, checkpoint, correction, lora, norm};
+
+/// Discriminative Probing and Tuning: corrects latents by the gradient of the matching score (Eq. 9).
+pub struct DptPlugin {
+    host: HostHandle,
+    config: Config,
+    device: Device,
+    params: Arc<Params>,
+    adapter: Adapter,
+    lora_entries: Vec<LoraEntry>,
+    lora: Arc<Lora>,
+    prepared: Option<Prepared>,
+    conditioning: Option<Conditioning>,
+}
+
+/// What depends on the model.
+struct Prepared {
+    source: Source,
+    /// The base model's text encoder, for hosts that give prompts alone.
+    encoder: Option<TextModel>,
+    latent_channels: usize,
+}
+
+/// A step's latents `[B, C, h, w]` in VP space, fit to be evaluated: those of items that are not finite are zero.
+struct Batch {
+    values: Vec<f32>,
+    finite: Vec<bool>,
+}
+
+impl Plugin for DptPlugin {
+    const DESCRIPTOR: Descriptor = Descriptor {
+        id: "dpt",
+        name: "DPT self-correction",
+        version: env!("CARGO_PKG_VERSION"),
+        vendor: "the DPT plugin's authors",
+        description: "Scores how well noisy latents match the prompt and corrects them by the score's gradient",
+    };
+
+    fn create(host: HostHandle, config: &str) -> host_api::Result<Self> {
+        Ok(Self::new(host, Config::parse(config)?)?)
+    }
+
+    fn prepare(&mut self, model: &Model<'_>, _latents: host_api::Device) -> host_api::Result<()> {
+        self.prepared = Some(self.fit(model)?);
+        Ok(())
+    }
+
+    fn needs(&self) -> Needs {
+        let own = self.config.source() == GradientSource::Plugin;
+        Needs { gradient: !own, context: own, pooled: true, tap: self.adapter.sizes().tap.clone() }
+    }
+
+    fn begin(&mut self, run: &Run<'_>) -> host_api::Result<()> {
+        self.conditioning = Some(self.conditioning_of(&run.text, run.batch)?);
+        Ok(())
+    }
+
+    fn step(&mut self, step: &Step<'_>, latents: &mut Latents<'_>, report: &mut Report) -> host_api::Result<()> {
+        let result = self.correct(step, latents, report);
+        if result.is_err() {
+            self.prepared_mut().source.release();
+        }
+        Ok(result?)
+    }
+
+    fn end(&mut self) -> host_api::Result<()> {
+        self.conditioning = None;
+        Ok(())
+    }
+
+    fn memory(&self) -> u64 {
+        let own = match self.prepared.as_ref().map(|prepared| &prepared.source) {
+            Some(Source::Own(own)) => own.unet.weight_bytes(),
+            _ => 0,
+        };
+        own + self.adapter.weight_bytes()
+    }
+
+    fn params(&self) -> Option<Arc<Params>> {
+        Some(self.params.clone())
+    }
+
+    fn lora(&self) -> Option<Arc<Lora>> {
+        Some(self.lora.clone())
+    }
+}
+
+impl DptPlugin {
+    /// Loads adapter and LoRA.
+    fn new(host: HostHandle, config: Config) -> Result<Self> {
+        let params = params(&config)?;
+        let device = diffusion::device(&config.device).map_err(|e| Error::Config(e.to_string()))?;
+        diffusion::dtype(&config.dtype).map_err(|e| Error::Config(e.to_string()))?;
+        let file = checkpoint::open(&config.adapter, &device)?;
+        let adapter = checkpoint::load_adapter(&file, config.hints())?;
+        let mut lora_entries = lora::load(&file, config.lora_strength)?;
+        file.finish()?;
+        if let Some(path) = &config.lora {
+            let file = checkpoint::open(path, &device)?;
+            lora_entries = lora::load(&file, config.lora_strength)?;
+            file.finish()?;
+            if lora_entries.is_empty() {
+                return Err(Error::file(path, "holds no LoRA weights"));
+            }
+        }
+        let lora = Arc::new(lora::for_hosts(&lora_entries)?);
+        Ok(Self { host, config, device, params, adapter, lora_entries, lora, prepared: None, conditioning: None })
+    }
+
+    /// Checks that method and adapter fit the model, and gets hold of a gradient source.
+    fn fit(&self, model: &Model) -> Result<Prepared> {
+        if model.prediction == Prediction::Flow {
+            let message =
+                "flow-prediction models have no alpha_bar, and the correction (Eq. 9) is not defined for them";
+            return Err(Error::Unsupported(message.into()));
+        }
+        if model.unet_in_channels != model.latent_channels {
+            return Err(Error::Unsupported(format!(
+                "the U-Net takes {} channels for latents of {}: models with extra inputs (inpainting) are not supported",
+                model.unet_in_channels, model.latent_channels
+            )));
+        }
+        if let Some(config) = model.unet_config {
+            let config =
+                UNetConfig::parse(config).map_err(|e| Error::Unsupported(format!("the model's U-Net: {e}")))?;
+            self.check_fit(&config)?;
+        }
+        let (source, encoder) = match self.config.source() {
+            GradientSource::Host => {
+                let gradient = self.host.gradient().ok_or_else(|| {
+                    Error::NotFound(format!(
+                        "host {} has no sampler-hook.gradient/1; configure a `base_model` so that the plugin computes the \
+                         gradient itself",
+                        self.host.name()
+                    ))
+                })?;
+                (Source::Host(gradient), None)
+            }
+            GradientSource::Plugin => {
+                let folder = self.config.base_model.as_deref().expect("checked when the configuration was parsed");
+                let dtype = diffusion::dtype(&self.config.dtype)?;
+                let mut unet = UNet::load_to(&folder.join("unet"), &self.adapter.sizes().tap, dtype, &self.device)
+                    .map_err(tap_not_found)?;
+                self.check_fit(unet.config())?;
+                if unet.config().in_channels != model.unet_in_channels {
+                    return Err(Error::Shape(format!(
+                        "the base model's U-Net takes {} channels, the host's {}",
+                        unet.config().in_channels,
+                        model.unet_in_channels
+                    )));
+                }
+                unet.merge_lora(&self.lora_entries, 1.)?;
+                let tap = unet.config().tap(&self.adapter.sizes().tap)?;
+                let encoder = folder.join("text_encoder").is_dir();
+                let encoder = encoder.then(|| TextModel::load(folder, dtype, &self.device)).transpose()?;
+                (Source::Own(OwnUNet { unet, tap, tape: None }), encoder)
+            }
+        };
+        Ok(Prepared { source, encoder, latent_channels: model.latent_channels })
+    }
+
+    /// Tap and widths of adapter and U-Net.
+    fn check_fit(&self, unet: &UNetConfig) -> Result<()> {
+        let sizes = self.adapter.sizes();
+        let tap = unet.tap(&sizes.tap).map_err(tap_not_found)?;
+        let channels = unet.tap_channels(tap);
+        if channels != sizes.channels {
+            let message = format!("the adapter reads {} channels at {tap}, the U-Net has {channels}", sizes.channels);
+            return Err(Error::Shape(message));
+        }
+        if unet.cross_attention_dim != sizes.clip_dim {
+            return Err(Error::Shape(format!(
+                "the adapter speaks of text of width {}, the U-Net's text has {}",
+                sizes.clip_dim, unet.cross_attention_dim
+            )));
+        }
+        Ok(())
+    }
+
+    fn conditioning_of(&self, text: &host_api::Text, batch: usize) -> Result<Conditioning> {
+        let prepared = self.prepared.as_ref().expect("prepare precedes begin");
+        let needs = TextRequirements { batch, clip_dim: self.adapter.sizes().clip_dim, device: &self.device };
+        Conditioning::new(text, &needs, &prepared.source, prepared.encoder.as_ref())
+    }
+
+    fn prepared_mut(&mut self) -> &mut Prepared {
+        self.prepared.as_mut().expect("prepare precedes step")
+    }
+
+    /// One step: score, gradient, and `z + eta ds/dz` for each item whose numbers are finite.
+    fn correct(&mut self, step: &Step, latents: &mut Latents, report: &mut Report) -> Result<()> {
+        let strength = Strength::read(&self.params)?;
+        report.outcome = strength.outcome(step);
+        let corrected = report.outcome == Outcome::Corrected;
+        if !corrected && !(strength.monitor && step.sub_evaluation == 0) {
+            return Ok(());
+        }
+        self.check_step(step, latents)?;
+        // x = z / scale in sigma space.
+        let scale = if step.space == Space::Ve { step.alpha_bar.sqrt() } else { 1. };
+        let shape = latents.shape();
+        let batch = Batch::read(latents, scale)?;
+        for (item, _) in batch.finite.iter().enumerate().filter(|(_, finite)| !**finite) {
+            report.items[item].status = Status::NonFinite;
+        }
+        let own_text = step.text.as_ref().map(|text| self.conditioning_of(text, shape[0])).transpose()?;
+        let Self { host, adapter, prepared, conditioning, .. } = self;
+        let source = &mut prepared.as_mut().expect("prepare precedes step").source;
+        let text = own_text.as_ref().or(conditioning.as_ref()).expect("begin precedes step");
+        let stop = || if host.cancelled() { Err(Error::Cancelled) } else { Ok(()) };
+
+        stop()?;
+        let tap = &adapter.sizes().tap;
+        let evaluation = Evaluation { step, latents: &batch.values, shape, tap, keys: text.keys.as_ref() };
+        let features = source.features(&evaluation, adapter.device())?;
+        check_features(&features, adapter, shape[0])?;
+        stop()?;
+        let timesteps = vec![step.timestep; shape[0]];
+        if !corrected {
+            source.release();
+            let scores = score(adapter, &features, &timesteps, &text.pooled)?.to_vec1()?;
+            return batch.report_scores(&scores, report);
+        }
+        let (scores, cotangent) = score_and_gradient(adapter, &features, &timesteps, &text.pooled)?;
+        batch.report_scores(&scores.to_vec1()?, report)?;
+        stop()?;
+        let gradient = source.vjp(&cotangent, shape)?;
+        batch.write(&gradient, &strength, scale, latents, report)
+    }
+
+    fn check_step(&self, step: &Step, latents: &Latents) -> Result<()> {
+        let prepared = self.prepared.as_ref().expect("prepare precedes step");
+        let [_, channels, ..] = latents.shape();
+        if channels != prepared.latent_channels {
+            let expected = prepared.latent_channels;
+            return Err(Error::Shape(format!("latents have {channels} channels, the model's have {expected}")));
+        }
+        if step.extra_inputs && matches!(prepared.source, Source::Own(_)) && !self.config.ignore_extra_inputs {
+            return Err(Error::Unsupported(
+                "the host adds U-Net inputs that the plugin's own U-Net cannot see; use the host's gradient, or set \
+                 `ignore_extra_inputs` to correct without them"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn tap_not_found(error: diffusion::Error) -> Error {
+    match error {
+        diffusion::Error::Input(message) => Error::NotFound(message),
+        other => other.into(),
+    }
+}
+
+fn check_features(features: &Tensor, adapter: &Adapter, batch: usize) -> Result<()> {
+    match features.dims() {
+        [b, c, _, _] if *b == batch && *c == adapter.sizes().channels => Ok(()),
+        found => Err(Error::Shape(format!(
+            "the features at {} have shape {found:?}, expected [{batch}, {}, h, w]",
+            adapter.sizes().tap,
+            adapter.sizes().channels
+        ))),
+    }
+}
+
+impl Batch {
+    /// Fails when no item is finite; an empty batch never comes here.
+    fn read(latents: &Latents, scale: f64) -> Result<Self> {
+        let mut values = latents.read();
+        let finite: Vec<bool> =
+            values.chunks(latents.item_len()).map(|item| item.iter().all(|v| v.is_finite())).collect();
+        if !finite.contains(&true) {
+            return Err(Error::NonFinite("the latents hold NaN or infinity in every item".into()));
+        }
+        for (item, finite) in values.chunks_mut(latents.item_len()).zip(&finite) {
+            item.iter_mut().for_each(|v| *v = if *finite { (f64::from(*v) * scale) as f32 } else { 0. });
+        }
+        Ok(Self { values, finite })
+    }
+
+    fn report_scores(&self, scores: &[f32], report: &mut Report) -> Result<()> {
+        for ((score, finite), item) in scores.iter().zip(&self.finite).zip(&mut report.items) {
+            if *finite {
+                item.score = *score;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `x + eta ds/dz / scale`: the VP correction in the host's space.
+    fn write(
+        &self,
+        gradient: &[f32],
+        strength: &Strength,
+        scale: f64,
+        latents: &mut Latents,
+        report: &mut Report,
+    ) -> Result<()> {
+        let length = latents.item_len();
+        let mut failed = None;
+        for (item, (z, gradient)) in self.values.chunks(length).zip(gradient.chunks(length)).enumerate() {
+            if !self.finite[item] {
+                continue;
+            }
+            let added = correction(z, gradient, strength.eta, strength.bound);
+            let corrected: Vec<f32> = latents
+                .read_item(item)
+                .iter()
+                .zip(&added)
+                .map(|(x, added)| (f64::from(*x) + f64::from(*added) / scale) as f32)
+                .collect();
+            let entry = &mut report.items[item];
+            entry.gradient_norm = norm(gradient) as f32;
+            match latents.write_item(item, &corrected) {
+                Ok(()) => entry.correction_norm = norm(&added) as f32,
+                Err(error) => {
+                    entry.status = error.status;
+                    failed = Some(error);
+                }
+            }
+        }
+        match failed {
+            Some(error) if report.items.iter().all(|item| item.status != Status::Ok) => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Where U-Net features and their gradient come from: the host, or the plugin's own U-Net up to the tap. Both speak of
+//! latents in variance-preserving space and of the conditional text alone.
+
+use candle_core::{Device, Tensor};
+use diffusion::{Tap, Tape, TextKeys, UNet};
+use host_api::Step;
+use host_api::plugin::HostGradient;
+
+use crate::{Error, Result};
+
+/// A source of features, and what it keeps of the last evaluation for the gradient.
+pub(crate) enum Source {
+    Host(HostGradient),
+    Own(OwnUNet),
+}
+
+/// The plugin's own U-Net, loaded up to the tap.
+pub(crate) struct OwnUNet {
+    pub(crate) unet: UNet,
+    pub(crate) tap: Tap,
+    pub(crate) tape: Option<Tape>,
+}
+
+/// A step's latents `[B, C, h, w]` in VP space.
+pub(crate) struct Evaluation<'a> {
+    pub(crate) step: &'a Step<'a>,
+    pub(crate) latents: &'a [f32],
+    pub(crate) shape: [usize; 4],
+    pub(crate) tap: &'a str,
+    /// Needed by the plugin's own U-Net.
+    pub(crate) keys: Option<&'a TextKeys>,
+}
+
+impl Source {
+    /// The tap's output `[B, C, h, w]` in f32 on `device`.
+    pub(crate) fn features(&mut self, evaluation: &Evaluation, device: &Device) -> Result<Tensor> {
+        let Evaluation { step, latents, shape, tap, keys } = *evaluation;
+        match self {
+            Source::Host(host) => {
+                let (shape, values) = host.features(step, latents, &shape, tap)?;
+                Ok(Tensor::from_vec(values, shape, device)?)
+            }
+            Source::Own(own) => {
+                let latents = Tensor::from_slice(latents, &shape, own.unet.device())?;
+                let keys = keys.ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
+                let (features, tape) = own.unet.forward_to(&latents, &vec![step.timestep; shape[0]], keys, own.tap)?;
+                own.tape = Some(tape);
+                Ok(features.to_dtype(candle_core::DType::F32)?.to_device(device)?)
+            }
+        }
+    }
+
+    /// The gradient of `sum(cotangent * features)` for the latents of the last evaluation, which it ends.
+    pub(crate) fn vjp(&mut self, cotangent: &Tensor, shape: [usize; 4]) -> Result<Vec<f32>> {
+        match self {
+            Source::Host(host) => Ok(host.vjp(&cotangent.flatten_all()?.to_vec1()?, &shape)?),
+            Source::Own(own) => {
+                let tape = own.tape.take().expect("vjp follows features");
+                let gradient = own.unet.vjp(tape, cotangent)?;
+                Ok(gradient.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()?)
+            }
+        }
+    }
+
+    /// Drops the last evaluation without a gradient.
+    pub(crate) fn release(&mut self) {
+        match self {
+            Source::Host(host) => host.release(),
+            Source::Own(own) => own.tape = None,
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The text that a run or a step is scored against.
+
+use candle_core::{DType, Device, Tensor};
+use diffusion::{TextKeys, TextModel};
+use host_api::{Text, View};
+
+use crate::source::Source;
+use crate::{Error, Result};
+
+/// CLIP(y) of each item, and what the plugin's own U-Net needs of the text.
+pub(crate) struct Conditioning {
+    /// `[B, p]`, f32.
+    pub(crate) pooled: Tensor,
+    pub(crate) keys: Option<TextKeys>,
+}
+
+/// What the text must fit.
+pub(crate) struct TextRequirements<'a> {
+    pub(crate) batch: usize,
+    /// p: width of the adapter's matching embeddings.
+    pub(crate) clip_dim: usize,
+    pub(crate) device: &'a Device,
+}
+
+impl Conditioning {
+    /// Reads the pooled embedding, or takes it from the context at the end-of-text positions, or encodes the prompts with
+    /// the base model's own text encoder; and computes keys and values for the plugin's own U-Net.
+    pub(crate) fn new(
+        text: &Text,
+        needs: &TextRequirements,
+        source: &Source,
+        encoder: Option<&TextModel>,
+    ) -> Result<Self> {
+        let (context, pooled) = match (text.context, text.pooled, text.end_of_text, text.prompts, encoder) {
+            (context, Some(pooled), ..) => {
+                (context.map(|view| tensor(&view, needs)).transpose()?, tensor(&pooled, needs)?)
+            }
+            (Some(context), None, Some(positions), ..) => {
+                let context = tensor(&context, needs)?;
+                let pooled = pool(&context, positions, needs.batch)?;
+                (Some(context), pooled)
+            }
+            (_, None, _, Some(prompts), Some(encoder)) => {
+                let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+                let text = encoder.encode(&prompts)?;
+                (Some(text.hidden), text.pooled.to_dtype(DType::F32)?.to_device(needs.device)?)
+            }
+            _ => {
+                return Err(Error::Shape(
+                    "the text has neither a pooled embedding, nor a context with end-of-text positions, nor prompts that \
+                     a `base_model` could encode"
+                        .into(),
+                ));
+            }
+        };
+        expect("pooled text", pooled.dims(), &[Some(needs.batch), Some(needs.clip_dim)])?;
+        let keys = match source {
+            Source::Host(_) => None,
+            Source::Own(own) => {
+                let context = context.ok_or_else(|| {
+                    Error::Shape("the text has no context, which the plugin's own U-Net needs".into())
+                })?;
+                let width = own.unet.config().cross_attention_dim;
+                expect("text context", context.dims(), &[Some(needs.batch), None, Some(width)])?;
+                Some(own.unet.text(&context)?)
+            }
+        };
+        Ok(Self { pooled, keys })
+    }
+}
+
+fn tensor(view: &View, needs: &TextRequirements) -> Result<Tensor> {
+    Ok(Tensor::from_vec(view.to_vec(), view.shape(), needs.device)?)
+}
+
+/// The context `[B, S, D]` at one position per item.
+fn pool(context: &Tensor, positions: &[i64], batch: usize) -> Result<Tensor> {
+    expect("text context", context.dims(), &[Some(batch), None, None])?;
+    let tokens = context.dim(1)?;
+    let rows = positions.iter().enumerate().map(|(item, &position)| {
+        let position = usize::try_from(position).ok().filter(|p| *p < tokens);
+        let position = position.ok_or_else(|| {
+            Error::Shape(format!("item {item}: end-of-text position {} is not within {tokens} tokens", positions[item]))
+        })?;
+        Ok(context.get(item)?.get(position)?)
+    });
+    Ok(Tensor::stack(&rows.collect::<Result<Vec<_>>>()?, 0)?)
+}
+
+fn expect(what: &str, found: &[usize], expected: &[Option<usize>]) -> Result<()> {
+    if found.len() == expected.len() && found.iter().zip(expected).all(|(f, e)| e.is_none_or(|e| e == *f)) {
+        return Ok(());
+    }
+    let expected: Vec<_> = expected.iter().map(|e| e.map_or("any".into(), |e| e.to_string())).collect();
+    Err(Error::Shape(format!("{what} has shape {found:?}, expected [{}]", expected.join(", "))))
+}

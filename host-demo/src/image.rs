@@ -1,0 +1,38 @@
+//! Pictures as PNG files that carry the settings that made them.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+
+use crate::{Error, Result};
+
+/// One decoded image `[3, H, W]` in [-1, 1] as rows of RGB bytes, with its width and height.
+pub fn to_rgb(image: &Tensor) -> Result<(Vec<u8>, u32, u32)> {
+    let (_, height, width) = image.dims3()?;
+    // Rounded as diffusers does: (x / 2 + 0.5) in [0, 1], times 255.
+    let bytes = ((image.to_dtype(DType::F32)?.affine(0.5, 0.5)?.clamp(0f32, 1f32)? * 255.)?).round()?;
+    let rows = bytes.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
+    Ok((rows.into_iter().map(|v| v as u8).collect(), width as u32, height as u32))
+}
+
+/// Writes a PNG with text entries; the file appears whole or not at all.
+pub fn save_png(path: &Path, image: &Tensor, texts: &[(&str, String)]) -> Result<()> {
+    let (pixels, width, height) = to_rgb(image)?;
+    let partial = path.with_extension("png.partial");
+    let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
+    let write = || -> std::result::Result<(), png::EncodingError> {
+        let mut encoder = png::Encoder::new(BufWriter::new(File::create(&partial)?), width, height);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        for (key, text) in texts {
+            encoder.add_itxt_chunk((*key).to_owned(), text.clone())?;
+        }
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(&pixels)?;
+        writer.finish()
+    };
+    write().map_err(|e| failed(&e))?;
+    std::fs::rename(&partial, path).map_err(|e| failed(&e))
+}

@@ -1,0 +1,23 @@
+//! The reference host: generates images with Stable Diffusion through a sampler-hook plugin.
+//!
+//! [`Session`] holds a model and, when asked for, a plugin; [`Session::run`] samples one batch: the plugin's LoRA is merged
+//! when the run begins and taken out at its end, and before every noise prediction the plugin corrects the latents.
+
+mod defaults;
+mod error;
+mod host;
+mod image;
+mod memory;
+mod noise;
+mod report;
+mod run;
+mod session;
+
+pub use defaults::{default_model, default_plugin};
+pub use error::{Error, Result};
+pub use image::{save_png, to_rgb};
+pub use memory::peak_bytes;
+pub use noise::{latents_from_file, seeded_noise};
+pub use report::{ItemRecord, Report, Seconds, Settings, StepRecord};
+pub use run::{Request, RunOutcome};
+pub use session::{PluginChoice, Session};

@@ -1,0 +1,118 @@
+//! A loaded model with the plugin that hooks into its steps.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+use diffusion::scheduler::{NoiseSchedule, Prediction, SchedulerConfig};
+use diffusion::{Pipeline, TextModel, Vae};
+use host_api::Model;
+use host_api::host::{Instance, Library};
+use serde_json::Value;
+
+use crate::host::DemoHost;
+use crate::{Error, Result};
+
+/// A plugin to load.
+#[derive(Debug, Clone)]
+pub struct PluginChoice {
+    /// The shared library; its first plugin is used.
+    pub library: PathBuf,
+    /// The plugin's configuration.
+    pub config: Value,
+}
+
+/// A model, and maybe a plugin, ready to sample.
+pub struct Session {
+    pub(crate) text: TextModel,
+    pub(crate) vae: Vae,
+    pub(crate) scheduler: SchedulerConfig,
+    pub(crate) host: Arc<DemoHost>,
+    pub(crate) plugin: Option<Instance>,
+    /// Seconds that loading took.
+    pub load_seconds: f64,
+}
+
+impl Session {
+    /// Loads a diffusers folder, and creates and prepares the plugin for it.
+    pub fn load(model: &Path, dtype: DType, device: &Device, plugin: Option<&PluginChoice>) -> Result<Self> {
+        let started = Instant::now();
+        let pipeline = Pipeline::load(model, dtype, device)?;
+        let family = pipeline.family();
+        let Pipeline { text, unet, vae, scheduler } = pipeline;
+        let unet_in_channels = unet.config().in_channels;
+        let host = Arc::new(DemoHost::new(unet));
+        let plugin = match plugin {
+            None => None,
+            Some(choice) => {
+                let library = Library::open(&choice.library).map_err(Error::plugin("load"))?;
+                let id = library
+                    .descriptors()
+                    .first()
+                    .map(|d| d.id)
+                    .ok_or_else(|| Error::Request(format!("{} holds no plugin", choice.library.display())))?;
+                let mut instance =
+                    library.create(id, host.clone(), &choice.config.to_string()).map_err(Error::plugin("create"))?;
+                let config_path = model.join("unet/config.json");
+                let config = std::fs::read_to_string(&config_path).map_err(|e| Error::file(&config_path, e))?;
+                let noise = NoiseSchedule::new(&scheduler)?;
+                let model = Model {
+                    family,
+                    prediction: match scheduler.prediction {
+                        Prediction::Epsilon => host_api::Prediction::Epsilon,
+                        Prediction::Velocity => host_api::Prediction::V,
+                    },
+                    unet_in_channels,
+                    latent_channels: vae.config().latent_channels,
+                    alphas_cumprod: noise.alphas_cumprod(),
+                    unet_config: Some(&config),
+                };
+                // Latents cross the interface in main memory, wherever the model computes.
+                instance.prepare(&model, host_api::Device::Cpu).map_err(Error::plugin("prepare"))?;
+                Some(instance)
+            }
+        };
+        Ok(Self { text, vae, scheduler, host, plugin, load_seconds: started.elapsed().as_secs_f64() })
+    }
+
+    /// Sets a live parameter of the plugin.
+    pub fn set_param(&mut self, name: &str, value: f64) -> Result<()> {
+        let plugin = self.plugin.as_ref().ok_or_else(|| Error::Request(format!("no plugin to set `{name}` of")))?;
+        let params = plugin.params().map_err(Error::plugin("parameters"))?;
+        let params = params.ok_or_else(|| Error::Request("the plugin has no parameters".into()))?;
+        params.set(name, value).map_err(Error::plugin(format_args!("set `{name}`")))
+    }
+
+    /// Pixels per latent in each direction.
+    pub fn latent_scale(&self) -> usize {
+        self.vae.config().latent_scale()
+    }
+
+    /// Channels of the latents.
+    pub fn latent_channels(&self) -> usize {
+        self.vae.config().latent_channels
+    }
+
+    /// Width and height in pixels that the model was trained at.
+    pub fn native_size(&self) -> Option<(usize, usize)> {
+        let side = self.host.unet().config().sample_size? * self.latent_scale();
+        Some((side, side))
+    }
+
+    /// Path and bits of every attention weight, to see that a run leaves them as they were.
+    pub fn attention_weights(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let unet = self.host.unet();
+        let bits = |(path, weight): (String, &candle_core::Tensor)| -> Result<_> {
+            let mut bytes = Vec::new();
+            weight.write_bytes(&mut bytes)?;
+            Ok((path, bytes))
+        };
+        unet.projections().map(bits).collect()
+    }
+
+    /// Bytes of weights that the plugin holds.
+    pub fn plugin_memory(&self) -> Option<u64> {
+        self.plugin.as_ref().map(Instance::memory)
+    }
+}

@@ -1,0 +1,216 @@
+//! Whole runs through the real shared library against PyTorch: plain, with LoRA, and with LoRA and self-correction (Eq. 9),
+//! with the gradient from the host's U-Net and from the plugin's own.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use diffusion::scheduler::{Ddim, SchedulerConfig};
+use diffusion::{LoraEntry, Pipeline};
+use host_demo::{PluginChoice, Request, RunOutcome, Session};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tests::{FAMILIES, assert_close, case, parity, plugin_library};
+
+const TAPS: [&str; 2] = ["mid", "up1"];
+const WHOLE_RUN: f64 = 1e-3;
+const CORRECTION_SHARE: f64 = 1e-2;
+
+/// What `correction_<tap>.json` says of its runs.
+#[derive(Deserialize)]
+struct Setting {
+    prompt: String,
+    eta: f64,
+    guidance: f64,
+    steps: usize,
+    tap: String,
+}
+
+struct Case {
+    family: &'static str,
+    setting: Setting,
+    tensors: std::collections::HashMap<String, Tensor>,
+}
+
+impl Case {
+    fn all() -> impl Iterator<Item = Self> {
+        FAMILIES.into_iter().flat_map(|family| TAPS.map(|tap| Self::load(family, tap)))
+    }
+
+    fn load(family: &'static str, tap: &str) -> Self {
+        let stem = format!("{family}-cases/correction_{tap}");
+        let setting = std::fs::read_to_string(parity(&format!("{stem}.json"))).unwrap();
+        let setting: Setting = serde_json::from_str(&setting).unwrap();
+        assert_eq!(setting.tap, tap);
+        Self { family, setting, tensors: case(&format!("{stem}.safetensors")) }
+    }
+
+    fn name(&self) -> String {
+        format!("{} {}", self.family, self.setting.tap)
+    }
+
+    fn model(&self) -> PathBuf {
+        parity(&format!("{}-tiny", self.family))
+    }
+
+    fn config(&self, more: Value) -> Value {
+        let adapter = parity(&format!("{}-cases/release_{}.safetensors", self.family, self.setting.tap));
+        let mut config = json!({
+            "adapter": adapter, "tap": self.setting.tap, "heads": 4, "matching_queries": 5, "eta": self.setting.eta,
+        });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    }
+
+    fn session(&self, config: Option<Value>) -> Session {
+        let plugin = config.map(|config| PluginChoice { library: plugin_library().to_owned(), config });
+        Session::load(&self.model(), DType::F32, &Device::Cpu, plugin.as_ref()).unwrap()
+    }
+
+    fn request(&self) -> Request {
+        let start = self.tensors["start"].clone();
+        Request {
+            prompts: vec![self.setting.prompt.clone(); start.dim(0).unwrap()],
+            negative: String::new(),
+            steps: self.setting.steps,
+            guidance: self.setting.guidance,
+            start,
+        }
+    }
+
+    /// The run, and the latents after every step, `[steps, batch, channels, h, w]`.
+    fn run(&self, session: &mut Session) -> (RunOutcome, Tensor) {
+        let mut trail = Vec::new();
+        let outcome = session.run(&self.request(), &mut |latents, _| trail.push(latents.clone())).unwrap();
+        (outcome, Tensor::stack(&trail, 0).unwrap())
+    }
+
+    fn last(&self, mode: &str) -> Tensor {
+        self.tensors[&format!("latents.{mode}")].get(self.setting.steps - 1).unwrap()
+    }
+}
+
+fn own_unet(case: &Case) -> Value {
+    json!({"gradient": "plugin", "base_model": case.model()})
+}
+
+#[test]
+fn parity_plain_run() {
+    for case in Case::all() {
+        let (outcome, trail) = case.run(&mut case.session(None));
+        assert_close(&format!("{} plain", case.name()), &trail, &case.tensors["latents.plain"], WHOLE_RUN);
+        assert!(outcome.steps.is_empty() && outcome.lora_entries == 0);
+    }
+}
+
+#[test]
+fn parity_lora_run_is_bit_identical_with_eta_0_and_leaves_no_trace() {
+    for case in Case::all() {
+        for source in [json!({}), own_unet(&case)] {
+            let mut session = case.session(Some(case.config(source)));
+            session.set_param("eta", 0.).unwrap();
+            let before = session.attention_weights().unwrap();
+            let (outcome, trail) = case.run(&mut session);
+            assert_close(&format!("{} lora", case.name()), &trail, &case.tensors["latents.lora"], WHOLE_RUN);
+            assert_eq!(outcome.lora_entries, before.len(), "every attention projection has an entry");
+            assert_eq!(outcome.latents.to_vec_bits(), lora_alone(&case).to_vec_bits(), "{}", case.name());
+            assert!(session.attention_weights().unwrap() == before, "the weights are not what they were");
+            // The plugin's merge and restore can be repeated.
+            assert_eq!(case.run(&mut session).0.latents.to_vec_bits(), outcome.latents.to_vec_bits());
+        }
+    }
+}
+
+#[test]
+fn parity_paper_run_with_both_gradient_sources() {
+    for case in Case::all() {
+        let lora = case.last("lora");
+        let share = |latents: &Tensor| (latents - &lora).unwrap();
+        let mut final_latents = Vec::new();
+        for source in [json!({}), own_unet(&case)] {
+            let name = format!("{} paper {source}", case.name());
+            let mut session = case.session(Some(case.config(source)));
+            let before = session.attention_weights().unwrap();
+            let (outcome, trail) = case.run(&mut session);
+            assert_close(&name, &trail, &case.tensors["latents.paper"], WHOLE_RUN);
+            let (ours, theirs) = (share(&outcome.latents), share(&case.last("paper")));
+            assert_close(&format!("{name}: the correction's share"), &ours, &theirs, CORRECTION_SHARE);
+            let scores = outcome.steps.iter().flat_map(|step| step.items.iter().map(|item| item.score.unwrap()));
+            let expected = &case.tensors["scores.paper"];
+            let scores = Tensor::from_iter(scores, &Device::Cpu).unwrap().reshape(expected.shape()).unwrap();
+            assert_close(&format!("{name}: scores"), &scores, expected, 1e-3);
+            assert!(outcome.steps.iter().all(|step| step.outcome == "corrected"));
+            assert!(session.attention_weights().unwrap() == before, "the weights are not what they were");
+            final_latents.push(outcome.latents);
+        }
+        assert_close(&format!("{}: host against plugin", case.name()), &final_latents[0], &final_latents[1], 1e-5);
+    }
+}
+
+/// The first gradient, read off what one step adds to the latents.
+#[test]
+fn parity_first_gradient() {
+    for case in Case::all() {
+        for source in [json!({}), own_unet(&case)] {
+            let mut session = case.session(Some(case.config(source)));
+            let outcome = session.run(&case.request(), &mut |_, _| {}).unwrap();
+            let expected = &case.tensors["first_grad.paper"];
+            for (item, record) in outcome.steps[0].items.iter().enumerate() {
+                let norm =
+                    expected.get(item).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+                let found = record.gradient_norm.unwrap();
+                assert!((found - norm).abs() < 1e-3 * norm, "{}: |ds/dz| {found}, expected {norm}", case.name());
+                let added = record.correction_norm;
+                let size = case.setting.eta as f32 * norm;
+                assert!((added - size).abs() < 1e-3 * size, "{}: added {added}, expected {size}", case.name());
+            }
+            // After one step of the run, latents with and without the correction differ by what the step made of it.
+            assert_eq!(outcome.steps.len(), case.setting.steps);
+        }
+    }
+}
+
+/// The run without hooks, its U-Net changed by the same LoRA, in the order of operations of the host.
+fn lora_alone(case: &Case) -> Tensor {
+    let mut pipeline = Pipeline::load(&case.model(), DType::F32, &Device::Cpu).unwrap();
+    pipeline.unet.merge_lora(&released_lora(case), 1.).unwrap();
+    let Request { prompts, negative, steps, guidance, start } = case.request();
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let empty = pipeline.text.encode(&vec![&*negative; prompts.len()]).unwrap().hidden;
+    let context = Tensor::cat(&[empty, pipeline.text.encode(&prompts).unwrap().hidden], 0).unwrap();
+    let text = pipeline.unet.text(&context).unwrap();
+    let scheduler: &SchedulerConfig = &pipeline.scheduler;
+    let ddim = Ddim::new(scheduler, steps).unwrap();
+    let mut z = start;
+    let batch = prompts.len();
+    for (i, t) in ddim.timesteps().iter().enumerate() {
+        let both = Tensor::cat(&[&z, &z], 0).unwrap();
+        let noise = pipeline.unet.forward(&both, &vec![*t; 2 * batch], &text).unwrap();
+        let (without, with) = (noise.narrow(0, 0, batch).unwrap(), noise.narrow(0, batch, batch).unwrap());
+        let noise = (&without + ((with - &without).unwrap() * guidance).unwrap()).unwrap();
+        z = ddim.step(i, &noise, &z).unwrap();
+    }
+    z
+}
+
+fn released_lora(case: &Case) -> Vec<LoraEntry> {
+    let path = parity(&format!("{}-cases/release_{}.safetensors", case.family, case.setting.tap));
+    let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let entry = |(name, down): (&String, &Tensor)| {
+        let stem = name.strip_suffix("_lora.down.weight")?;
+        let (attention, projection) = stem.strip_prefix("unet.")?.split_once(".processor.")?;
+        let projection = if projection == "to_out" { "to_out.0" } else { projection };
+        let up = tensors[&format!("{stem}_lora.up.weight")].clone();
+        Some(LoraEntry { module: format!("{attention}.{projection}"), down: down.clone(), up, scale: 1. })
+    };
+    tensors.iter().filter_map(entry).collect()
+}
+
+trait Bits {
+    fn to_vec_bits(&self) -> Vec<u32>;
+}
+
+impl Bits for Tensor {
+    fn to_vec_bits(&self) -> Vec<u32> {
+        self.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    }
+}
