@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 
+pub mod cc;
+
 /// The two pipelines of the parity cases.
 pub const FAMILIES: [&str; 2] = ["sd1", "sd2"];
 

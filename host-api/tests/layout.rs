@@ -19,8 +19,10 @@ fn program(structs: &[StructLayout]) -> String {
         writeln!(c, "_Static_assert(_Alignof({name}) == {align}, \"alignment of {name}\");").unwrap();
         for field in *fields {
             let (field, offset, size) = (field.name, field.offset, field.size);
-            writeln!(c, "_Static_assert(offsetof({name}, {field}) == {offset}, \"offset of {name}.{field}\");").unwrap();
-            writeln!(c, "_Static_assert(sizeof((({name} *)0)->{field}) == {size}, \"size of {name}.{field}\");").unwrap();
+            writeln!(c, "_Static_assert(offsetof({name}, {field}) == {offset}, \"offset of {name}.{field}\");")
+                .unwrap();
+            writeln!(c, "_Static_assert(sizeof((({name} *)0)->{field}) == {size}, \"size of {name}.{field}\");")
+                .unwrap();
         }
     }
     let mut strings = String::new();
