@@ -85,6 +85,10 @@ impl Plugin for Probe {
         }
         let amount = self.params.get_by_name("amount")? as f32;
         for index in 0..latents.shape()[0] {
+            if index == 0 && self.behaviour == "first item fails" {
+                report.items[0].status = Status::NonFinite;
+                continue;
+            }
             let sum: Vec<f32> = latents.read_item(index).iter().map(|value| value + amount).collect();
             latents.write_item(index, &sum)?;
             report.items[index].score = index as f32;
@@ -93,7 +97,7 @@ impl Plugin for Probe {
             "step panics" => panic!("step, as told"),
             "step fails" => return Err(Error::new(Status::Internal, "step, as told")),
             "step skips but writes" => report.outcome = Outcome::SkippedInterval,
-            "first item fails" => report.items[0].status = Status::NonFinite,
+            "second item fails" => report.items[1].status = Status::NonFinite,
             "all items fail" => report.items.iter_mut().for_each(|item| item.status = Status::NonFinite),
             "step waits" => {
                 self.host.log(log::Level::Info, "waiting");
