@@ -8,6 +8,8 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Shape, Tensor};
 use diffusion::UNet;
 
+pub mod cc;
+
 /// The two pipelines of the parity cases.
 pub const FAMILIES: [&str; 2] = ["sd1", "sd2"];
 

@@ -183,7 +183,7 @@ typedef struct sh_run {
   uint32_t steps; /* at least 1 */
   uint32_t reserved;
   double guidance_scale;
-  const sh_text *text;
+  const sh_text *text; /* NULL: the host has no text to show */
 } sh_run;
 
 #define SH_SPACE_VP 1 /* latents are z, variance-preserving: z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise */

@@ -38,10 +38,7 @@ const _: () = assert!(equal(ROOT_MODULE_SYMBOL.as_bytes(), abi_stable::library::
 
 /// Makes a crate of type `cdylib` a plugin library: the C symbol `sampler_hook_entry` and abi_stable's root module, both
 /// leading to one table with the plugins named. Once per crate, in its root.
-///
-/// ```ignore
-/// host_api::export_plugins!(MyPlugin, AnotherPlugin);
-/// ```
+/// `host_api::export_plugins!(MyPlugin, AnotherPlugin);` - see `examples/scale.rs` for a whole library.
 #[macro_export]
 macro_rules! export_plugins {
     ($($plugin:ty),+ $(,)?) => {

@@ -11,22 +11,28 @@ use crate::export::SamplerHookRef;
 
 /// Loads the library for good and finds its table.
 pub(super) fn open(path: &Path) -> Result<(&'static sh_entry, Door)> {
-    let shown = path.display();
+    find(path).map_err(|error| error.context(path.display()))
+}
+
+fn find(path: &Path) -> Result<(&'static sh_entry, Door)> {
     if !path.is_file() {
-        return Err(Error::new(Status::NotFound, format!("no plugin library at {shown}")));
+        return Err(Error::new(Status::NotFound, "no plugin library here"));
     }
     // A name without a folder would be looked up in the system's places.
-    let path = std::path::absolute(path).map_err(|error| Error::new(Status::NotFound, format!("{shown}: {error}")))?;
-    let library = RawLibrary::load_at(&path)
-        .map_err(|error| Error::new(Status::InvalidData, format!("{shown} cannot be loaded: {error}")))?;
+    let path = std::path::absolute(path).map_err(|error| Error::new(Status::NotFound, error.to_string()))?;
+    let library = RawLibrary::load_at(&path).map_err(|error| {
+        let reason = match error {
+            LibraryError::OpenError { err, .. } => err.to_string(),
+            other => other.to_string(),
+        };
+        Error::new(Status::InvalidData, format!("not a library that can be loaded: {reason}"))
+    })?;
     let library: &'static RawLibrary = Box::leak(Box::new(library));
-    match rust_door(library) {
-        Ok(Some(entry)) => Ok((entry, Door::Rust)),
-        Ok(None) => Ok((c_door(library)?, Door::C)),
-        Err(error) => Err(Error::new(Status::Unsupported, format!("{shown} does not fit this host: {error}"))),
+    let unfit = |error| Error::new(Status::Unsupported, format!("it does not fit this host: {error}"));
+    match rust_door(library).map_err(unfit)? {
+        Some(entry) => Ok((check(entry)?, Door::Rust)),
+        None => Ok((check(c_door(library)?)?, Door::C)),
     }
-    .and_then(|(entry, door)| Ok((check(entry)?, door)))
-    .map_err(|error| if error.message.contains(&shown.to_string()) { error } else { error.context(shown) })
 }
 
 /// The table in abi_stable's root module, after its layout check; `None` when the library has none.
@@ -59,7 +65,7 @@ fn c_door(library: &'static RawLibrary) -> Result<&'static sh_entry> {
 }
 
 /// Versions and functions of a table. While the major is 0 the minor has to be the same.
-pub(super) fn check(entry: &'static sh_entry) -> Result<&'static sh_entry> {
+fn check(entry: &'static sh_entry) -> Result<&'static sh_entry> {
     let (major, minor) = (entry.abi_major, entry.abi_minor);
     if (major, minor) != (SH_ABI_MAJOR, SH_ABI_MINOR) {
         let message = format!("the library speaks draft {major}.{minor}, this host {SH_ABI_MAJOR}.{SH_ABI_MINOR}");

@@ -39,7 +39,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// An element of a view: `f32`, [`f16`] or [`bf16`].
+/// An element of a view: `f32`, [`half::f16`] or [`half::bf16`].
 pub trait Element: Copy + sealed::Sealed + 'static {
     /// Its type.
     const DTYPE: Dtype;

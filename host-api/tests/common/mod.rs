@@ -1,6 +1,9 @@
 //! What the tests of this crate share.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod probe;
+pub mod raw;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
