@@ -5,8 +5,9 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::config::{Activation, Config};
-use super::layer::{Layer, LayerNorm, statistics_dtype};
+use super::layer::Layer;
 use crate::config::weights_file;
+use crate::layers::{LayerNorm, statistics_dtype};
 use crate::{Checkpoint, Error, Result, Scope};
 
 /// The text encoder of Stable Diffusion 1.x and 2.x, as transformers' `CLIPTextModel`.

@@ -14,6 +14,8 @@ pub(super) struct Condition<'a> {
     /// SiLU of the timestep embedding, `[B, width]`.
     pub(super) time: &'a Tensor,
     pub(super) text: &'a TextKeys,
+    /// Whether a gradient will be asked for; without, each layer's tape is dropped at once.
+    pub(super) recording: bool,
 }
 
 /// A ResNet block and the transformer after it.
@@ -94,7 +96,7 @@ impl DownBlock {
             let (y, tape) = layer.record(&x, condition)?;
             x = y;
             skips.push(x.clone());
-            layers.push(tape);
+            layers.extend(condition.recording.then_some(tape));
         }
         let size = (x.dim(2)?, x.dim(3)?);
         if let Some(downsampler) = &self.downsampler {
@@ -199,7 +201,7 @@ impl UpBlock {
             channels.push(x.dim(1)?);
             let (y, tape) = layer.record(&Tensor::cat(&[x, skip], 1)?, condition)?;
             x = y;
-            layers.push(tape);
+            layers.extend(condition.recording.then_some(tape));
         }
         let mut size = (x.dim(2)?, x.dim(3)?);
         if let Some(upsampler) = &self.upsampler {
@@ -251,7 +253,7 @@ mod tests {
     fn down_gradient() {
         let unet = tiny("sd1");
         let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
-        let condition = Condition { time: &time, text: &text };
+        let condition = Condition { time: &time, text: &text, recording: true };
         for (level, channels) in [(0, 16), (2, 16), (3, 32)] {
             let (block, x) = (&unet.down[level], values(0, (2, channels, 5, 6)));
             let alone = |x: &Tensor| block.record(x, condition, &mut Vec::new());
@@ -280,7 +282,7 @@ mod tests {
     fn mid_gradient() {
         let unet = tiny("sd2");
         let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
-        let condition = Condition { time: &time, text: &text };
+        let condition = Condition { time: &time, text: &text, recording: true };
         let (block, x) = (unet.mid.as_ref().unwrap(), values(0, (2, 32, 3, 2)));
         let vjp = |dy: &Tensor| block.vjp(block.record(&x, condition)?.1, dy);
         assert_vjp("mid", &x, |x| Ok(block.record(x, condition)?.0), vjp);
@@ -291,7 +293,7 @@ mod tests {
     fn up_gradient() {
         let unet = tiny("sd2");
         let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
-        let condition = Condition { time: &time, text: &text };
+        let condition = Condition { time: &time, text: &text, recording: true };
         for (index, channels, skips) in [(1, 32, [16, 32, 32]), (3, 16, [16, 16, 16])] {
             let block = &unet.up[index];
             // Only the size of the next finer skip connection matters to the block.

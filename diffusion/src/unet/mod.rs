@@ -218,7 +218,7 @@ impl UNet {
         Ok((gradient.to_dtype(cotangent.dtype())? / scale)?)
     }
 
-    /// Runs to the tap, recording, or to the last block, where each block's tape is dropped at once.
+    /// Runs to the tap, recording, or to the last block without.
     fn run(
         &self,
         latents: &Tensor,
@@ -228,7 +228,7 @@ impl UNet {
     ) -> Result<(Tensor, Option<Tape>)> {
         self.check_inputs(latents, timesteps, text)?;
         let time = silu(&self.time_embedding.forward(timesteps)?)?;
-        let condition = Condition { time: &time, text };
+        let condition = Condition { time: &time, text, recording: end.is_some() };
         let reached = |tap: Tap| end.is_none_or(|end| tap <= end);
         let size = (latents.dim(2)?, latents.dim(3)?);
         let (mut down_tapes, mut mid_tape, mut up_tapes) = (Vec::new(), None, Vec::new());
