@@ -61,7 +61,9 @@ impl Plugin for DptPlugin {
 
     fn needs(&self) -> Needs {
         let own = self.config.source() == GradientSource::Plugin;
-        Needs { gradient: !own, context: own, pooled: true, tap: self.adapter.sizes().tap.clone() }
+        // With the base model's text encoder prompts are enough.
+        let encodes = self.prepared.as_ref().is_some_and(|prepared| prepared.encoder.is_some());
+        Needs { gradient: !own, context: own && !encodes, pooled: !encodes, tap: self.adapter.sizes().tap.clone() }
     }
 
     fn begin(&mut self, run: &Run<'_>) -> host_api::Result<()> {
