@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion::{LoraEntry, TextModel, UNet, UNetConfig};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
 use host_api::{Descriptor, Model, Needs, Outcome, Prediction, Report, Run, Space, Status, Step};
@@ -234,11 +234,11 @@ impl DptPlugin {
         let timesteps = vec![step.timestep; shape[0]];
         if !corrected {
             source.release();
-            let scores = score(adapter, &features, &timesteps, &text.pooled)?.to_vec1()?;
+            let scores = score(adapter, &features, &timesteps, &text.pooled)?.to_dtype(DType::F32)?.to_vec1()?;
             return batch.report_scores(&scores, report);
         }
         let (scores, cotangent) = score_and_gradient(adapter, &features, &timesteps, &text.pooled)?;
-        batch.report_scores(&scores.to_vec1()?, report)?;
+        batch.report_scores(&scores.to_dtype(DType::F32)?.to_vec1()?, report)?;
         stop()?;
         let gradient = source.vjp(&cotangent, shape)?;
         batch.write(&gradient, &strength, scale, latents, report)

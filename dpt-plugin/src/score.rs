@@ -3,11 +3,11 @@ use candle_core::{D, Tensor, Var};
 use crate::{Adapter, Result};
 
 /// The matching score `s(y, z) = max_i cos(CLIP(y), h_i)` (Eq. 2), `[B]`, of the last decoder layer's matching queries.
-/// `features` `[B, C, h, w]`, one timestep per item, `pooled` `[B, p]`; all in f32 on the adapter's device.
+/// `features` `[B, C, h, w]`, one timestep per item, `pooled` `[B, p]`, on the adapter's device; computed in the adapter's dtype.
 pub fn score(adapter: &Adapter, features: &Tensor, timesteps: &[f64], pooled: &Tensor) -> Result<Tensor> {
     let queries = adapter.queries(features, timesteps)?;
     let matching = normalize(&adapter.matching(&queries.get(queries.dim(0)? - 1)?)?)?;
-    let cosines = matching.matmul(&normalize(pooled)?.unsqueeze(2)?)?.squeeze(2)?;
+    let cosines = matching.matmul(&normalize(&pooled.to_dtype(adapter.dtype())?)?.unsqueeze(2)?)?.squeeze(2)?;
     Ok(cosines.max(1)?)
 }
 

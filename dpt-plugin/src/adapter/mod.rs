@@ -11,7 +11,7 @@ mod heads;
 mod positions;
 mod sizes;
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{Linear, Module};
 use diffusion::{Scope, timestep_sinusoid};
 
@@ -75,14 +75,21 @@ impl Adapter {
         self.query_embed.device()
     }
 
+    /// The dtype of the weights, which the adapter computes in.
+    pub fn dtype(&self) -> DType {
+        self.query_embed.dtype()
+    }
+
     /// Q*: every decoder layer's normalised output, `[layers, B, N, d]`, for the tapped features `[B, C, h, w]` at one
     /// timestep per item (Eq. 1).
     pub fn queries(&self, features: &Tensor, timesteps: &[f64]) -> Result<Tensor> {
         let (b, _, h, w) = features.dims4()?;
-        let d = self.sizes.d_model;
-        let wave = timestep_sinusoid(timesteps, d, true, 0., features.device())?;
+        let (d, dtype) = (self.sizes.d_model, self.dtype());
+        let features = features.to_dtype(dtype)?;
+        let wave = timestep_sinusoid(timesteps, d, true, 0., features.device())?.to_dtype(dtype)?;
         let time = self.time.1.forward(&self.time.0.forward(&wave)?.silu()?)?;
-        let positions = positions::sine(h, w, d, features.device())?.broadcast_add(&time.unsqueeze(1)?)?;
+        let positions = positions::sine(h, w, d, features.device())?.to_dtype(dtype)?;
+        let positions = positions.broadcast_add(&time.unsqueeze(1)?)?;
 
         let mut memory = self.input_proj.forward(&features.flatten_from(2)?.transpose(1, 2)?.contiguous()?)?;
         for layer in &self.encoder {
