@@ -9,6 +9,8 @@ use candle_core::{DType, Device, Shape, Tensor};
 use diffusion::UNet;
 
 pub mod cc;
+pub mod dpt;
+pub mod hosts;
 
 /// The two pipelines of the parity cases.
 pub const FAMILIES: [&str; 2] = ["sd1", "sd2"];

@@ -23,6 +23,9 @@ pub enum Error {
     /// A model, run or step that the method is not defined for or that is not supported.
     #[error("{0}")]
     Unsupported(String),
+    /// A run or step without text that can be used.
+    #[error("{0}")]
+    Text(String),
     /// Sizes that do not fit each other.
     #[error("{0}")]
     Shape(String),
@@ -51,12 +54,13 @@ impl Error {
         Self::File { path: path.into(), message: message.to_string() }
     }
 
-    fn status(&self) -> Status {
+    pub(crate) fn status(&self) -> Status {
         match self {
             Self::Config(_) => Status::InvalidConfig,
             Self::File { .. } | Self::Adapter(_) => Status::InvalidData,
             Self::NotFound(_) => Status::NotFound,
             Self::Unsupported(_) => Status::Unsupported,
+            Self::Text(_) => Status::InvalidArgument,
             Self::Shape(_) => Status::ShapeMismatch,
             Self::NonFinite(_) => Status::NonFinite,
             Self::Cancelled => Status::Cancelled,

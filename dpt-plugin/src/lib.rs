@@ -4,6 +4,7 @@
 //! [`DptPlugin`] is the plugin; the crate `dpt-plugin-cdylib` exports it from the shared library that hosts load.
 
 mod adapter;
+mod batch;
 mod checkpoint;
 mod config;
 mod correct;

@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use diffusion::{LoraEntry, TextModel, UNet, UNetConfig};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
-use host_api::{Descriptor, Model, Needs, Outcome, Prediction, Report, Run, Space, Status, Step};
+use host_api::{Descriptor, Model, Needs, Outcome, Prediction, Report, Run, Space, Step};
 
+use crate::batch::Batch;
 use crate::config::{Config, GradientSource};
 use crate::params::{Strength, params};
 use crate::score::{score, score_and_gradient};
 use crate::source::{Evaluation, OwnUNet, Source};
 use crate::text::{Conditioning, TextRequirements};
-use crate::{Adapter, Error, Result, checkpoint, correction, lora, norm};
+use crate::{Adapter, Error, Result, checkpoint, lora};
 
 /// Discriminative Probing and Tuning: corrects latents by the gradient of the matching score (Eq. 9).
 pub struct DptPlugin {
@@ -33,12 +34,6 @@ struct Prepared {
     /// The base model's text encoder, for hosts that give prompts alone.
     encoder: Option<TextModel>,
     latent_channels: usize,
-}
-
-/// A step's latents `[B, C, h, w]` in VP space, fit to be evaluated: those of items that are not finite are zero.
-struct Batch {
-    values: Vec<f32>,
-    finite: Vec<bool>,
 }
 
 impl Plugin for DptPlugin {
@@ -105,8 +100,8 @@ impl DptPlugin {
     /// Loads adapter and LoRA.
     fn new(host: HostHandle, config: Config) -> Result<Self> {
         let params = params(&config)?;
-        let device = diffusion::device(&config.device).map_err(|e| Error::Config(e.to_string()))?;
-        diffusion::dtype(&config.dtype).map_err(|e| Error::Config(e.to_string()))?;
+        let device = diffusion::device(&config.device).map_err(unknown_name)?;
+        diffusion::dtype(&config.dtype).map_err(unknown_name)?;
         let file = checkpoint::open(&config.adapter, &device)?;
         let adapter = checkpoint::load_adapter(&file, config.hints())?;
         let mut lora_entries = lora::load(&file, config.lora_strength)?;
@@ -136,15 +131,13 @@ impl DptPlugin {
                 model.unet_in_channels, model.latent_channels
             )));
         }
-        if let Some(config) = model.unet_config {
-            let config =
-                UNetConfig::parse(config).map_err(|e| Error::Unsupported(format!("the model's U-Net: {e}")))?;
-            self.check_fit(&config)?;
-        }
+        let sampled = model.unet_config.map(UNetConfig::parse).transpose();
+        let sampled = sampled.map_err(|e| Error::Unsupported(format!("the model's U-Net: {e}")))?;
+        sampled.as_ref().map_or(Ok(()), |config| self.check_fit(config))?;
         let (source, encoder) = match self.config.source() {
             GradientSource::Host => {
                 let gradient = self.host.gradient().ok_or_else(|| {
-                    Error::NotFound(format!(
+                    Error::Unsupported(format!(
                         "host {} has no sampler-hook.gradient/1; configure a `base_model` so that the plugin computes the \
                          gradient itself",
                         self.host.name()
@@ -163,6 +156,15 @@ impl DptPlugin {
                         "the base model's U-Net takes {} channels, the host's {}",
                         unet.config().in_channels,
                         model.unet_in_channels
+                    )));
+                }
+                if let Some(sampled) = sampled
+                    && sampled.block_out_channels != unet.config().block_out_channels
+                {
+                    return Err(Error::Shape(format!(
+                        "the base model is not the host's: its U-Net's levels have {:?} channels, the host's {:?}",
+                        unet.config().block_out_channels,
+                        sampled.block_out_channels
                     )));
                 }
                 unet.merge_lora(&self.lora_entries, 1.)?;
@@ -215,10 +217,7 @@ impl DptPlugin {
         // x = z / scale in sigma space.
         let scale = if step.space == Space::Ve { step.alpha_bar.sqrt() } else { 1. };
         let shape = latents.shape();
-        let batch = Batch::read(latents, scale)?;
-        for (item, _) in batch.finite.iter().enumerate().filter(|(_, finite)| !**finite) {
-            report.items[item].status = Status::NonFinite;
-        }
+        let mut batch = Batch::read(latents, scale, report)?;
         let own_text = step.text.as_ref().map(|text| self.conditioning_of(text, shape[0])).transpose()?;
         let Self { host, adapter, prepared, conditioning, .. } = self;
         let source = &mut prepared.as_mut().expect("prepare precedes step").source;
@@ -227,18 +226,22 @@ impl DptPlugin {
 
         stop()?;
         let tap = &adapter.sizes().tap;
-        let evaluation = Evaluation { step, latents: &batch.values, shape, tap, keys: text.keys.as_ref() };
+        let evaluation = Evaluation { step, latents: batch.values(), shape, tap, keys: text.keys.as_ref() };
         let features = source.features(&evaluation, adapter.device())?;
         check_features(&features, adapter, shape[0])?;
+        batch.check_rows("the U-Net's features", &features, report)?;
+        batch.check_rows("pooled texts", &text.pooled, report)?;
         stop()?;
         let timesteps = vec![step.timestep; shape[0]];
         if !corrected {
             source.release();
-            let scores = score(adapter, &features, &timesteps, &text.pooled)?.to_dtype(DType::F32)?.to_vec1()?;
-            return batch.report_scores(&scores, report);
+            let scores = score(adapter, &features, &timesteps, &text.pooled)?.to_vec1()?;
+            batch.report_scores(&scores, report);
+            return Ok(());
         }
         let (scores, cotangent) = score_and_gradient(adapter, &features, &timesteps, &text.pooled)?;
-        batch.report_scores(&scores.to_dtype(DType::F32)?.to_vec1()?, report)?;
+        batch.report_scores(&scores.to_vec1()?, report);
+        let cotangent = batch.without_spoilt(&cotangent)?;
         stop()?;
         let gradient = source.vjp(&cotangent, shape)?;
         batch.write(&gradient, &strength, scale, latents, report)
@@ -262,6 +265,14 @@ impl DptPlugin {
     }
 }
 
+/// A device or dtype that nobody knows; one that this build lacks is another error.
+fn unknown_name(error: diffusion::Error) -> Error {
+    match error {
+        diffusion::Error::Input(message) => Error::Config(message),
+        other => other.into(),
+    }
+}
+
 fn tap_not_found(error: diffusion::Error) -> Error {
     match error {
         diffusion::Error::Input(message) => Error::NotFound(message),
@@ -277,68 +288,5 @@ fn check_features(features: &Tensor, adapter: &Adapter, batch: usize) -> Result<
             adapter.sizes().tap,
             adapter.sizes().channels
         ))),
-    }
-}
-
-impl Batch {
-    /// Fails when no item is finite; an empty batch never comes here.
-    fn read(latents: &Latents, scale: f64) -> Result<Self> {
-        let mut values = latents.read();
-        let finite: Vec<bool> =
-            values.chunks(latents.item_len()).map(|item| item.iter().all(|v| v.is_finite())).collect();
-        if !finite.contains(&true) {
-            return Err(Error::NonFinite("the latents hold NaN or infinity in every item".into()));
-        }
-        for (item, finite) in values.chunks_mut(latents.item_len()).zip(&finite) {
-            item.iter_mut().for_each(|v| *v = if *finite { (f64::from(*v) * scale) as f32 } else { 0. });
-        }
-        Ok(Self { values, finite })
-    }
-
-    fn report_scores(&self, scores: &[f32], report: &mut Report) -> Result<()> {
-        for ((score, finite), item) in scores.iter().zip(&self.finite).zip(&mut report.items) {
-            if *finite {
-                item.score = *score;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes `x + eta ds/dz / scale`: the VP correction in the host's space.
-    fn write(
-        &self,
-        gradient: &[f32],
-        strength: &Strength,
-        scale: f64,
-        latents: &mut Latents,
-        report: &mut Report,
-    ) -> Result<()> {
-        let length = latents.item_len();
-        let mut failed = None;
-        for (item, (z, gradient)) in self.values.chunks(length).zip(gradient.chunks(length)).enumerate() {
-            if !self.finite[item] {
-                continue;
-            }
-            let added = correction(z, gradient, strength.eta, strength.bound);
-            let corrected: Vec<f32> = latents
-                .read_item(item)
-                .iter()
-                .zip(&added)
-                .map(|(x, added)| (f64::from(*x) + f64::from(*added) / scale) as f32)
-                .collect();
-            let entry = &mut report.items[item];
-            entry.gradient_norm = norm(gradient) as f32;
-            match latents.write_item(item, &corrected) {
-                Ok(()) => entry.correction_norm = norm(&added) as f32,
-                Err(error) => {
-                    entry.status = error.status;
-                    failed = Some(error);
-                }
-            }
-        }
-        match failed {
-            Some(error) if report.items.iter().all(|item| item.status != Status::Ok) => Err(error.into()),
-            _ => Ok(()),
-        }
     }
 }

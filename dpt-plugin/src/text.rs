@@ -31,8 +31,10 @@ impl Conditioning {
         source: &Source,
         encoder: Option<&TextModel>,
     ) -> Result<Self> {
+        // The host's own U-Net knows the context already.
+        let enough = text.context.is_some() || matches!(source, Source::Host(_));
         let (context, pooled) = match (text.context, text.pooled, text.end_of_text, text.prompts, encoder) {
-            (context, Some(pooled), ..) => {
+            (context, Some(pooled), ..) if enough => {
                 (context.map(|view| tensor(&view, needs)).transpose()?, tensor(&pooled, needs)?)
             }
             (Some(context), None, Some(positions), ..) => {
@@ -40,26 +42,22 @@ impl Conditioning {
                 let pooled = pool(&context, positions, needs.batch)?;
                 (Some(context), pooled)
             }
-            (_, None, _, Some(prompts), Some(encoder)) => {
+            (.., Some(prompts), Some(encoder)) => {
                 let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
                 let text = encoder.encode(&prompts)?;
                 (Some(text.hidden), text.pooled.to_dtype(DType::F32)?.to_device(needs.device)?)
             }
             _ => {
-                return Err(Error::Shape(
-                    "the text has neither a pooled embedding, nor a context with end-of-text positions, nor prompts that \
-                     a `base_model` could encode"
-                        .into(),
-                ));
+                let message = "the text has neither a context with a pooled embedding or end-of-text positions, nor prompts \
+                               that a `base_model` with a text encoder could encode";
+                return Err(Error::Text(message.into()));
             }
         };
         expect("pooled text", pooled.dims(), &[Some(needs.batch), Some(needs.clip_dim)])?;
         let keys = match source {
             Source::Host(_) => None,
             Source::Own(own) => {
-                let context = context.ok_or_else(|| {
-                    Error::Shape("the text has no context, which the plugin's own U-Net needs".into())
-                })?;
+                let context = context.expect("every way to pool for the plugin's own U-Net gives a context");
                 let width = own.unet.config().cross_attention_dim;
                 expect("text context", context.dims(), &[Some(needs.batch), None, Some(width)])?;
                 Some(own.unet.text(&context)?)

@@ -1,0 +1,176 @@
+//! Hosts for the plugin: one that lends nothing, and one that lends a U-Net and fails when told to.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use candle_core::{DType, Device, Tensor};
+use diffusion::{Tape, TextKeys, UNet};
+use host_api::host::{Gradient, Host};
+use host_api::{Error, Result, Status, Step, View};
+
+use crate::dpt::Texts;
+use crate::tiny_unet;
+
+/// What a [`Lender`] does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// `features` fails.
+    FeaturesFail,
+    /// `features` has half the channels that the tap has.
+    FeaturesChannels,
+    /// `features` lacks a dimension.
+    FeaturesRank,
+    /// One item's features are NaN.
+    FeaturesNan(usize),
+    /// `vjp` fails.
+    VjpFails,
+    /// `vjp` gives one number too few.
+    VjpShort,
+    /// One number of one item's gradient is NaN.
+    VjpNan(usize),
+    /// One number of one item's gradient is infinite.
+    VjpInfinite(usize),
+    /// The user cancels while `features` computes.
+    Cancel,
+}
+
+/// A host without extensions.
+#[derive(Default)]
+pub struct Plain {
+    /// Whether the user wants to stop.
+    pub cancelled: AtomicBool,
+}
+
+impl Host for Plain {
+    fn name(&self) -> &str {
+        "plain"
+    }
+    fn version(&self) -> &str {
+        "1"
+    }
+    fn log(&self, _level: log::Level, _message: &str) {}
+    fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+}
+
+/// A host that lends the tiny U-Net, without any LoRA, for one text.
+pub struct Lender {
+    unet: UNet,
+    text: TextKeys,
+    tape: Mutex<Option<Tape>>,
+    fault: Mutex<Fault>,
+    cancelled: AtomicBool,
+    released: AtomicUsize,
+}
+
+impl Lender {
+    /// For runs with that text.
+    pub fn new(texts: &Texts) -> Self {
+        let unet = tiny_unet("sd1", DType::F32);
+        let context = Tensor::from_slice(&texts.context, &texts.shape, &Device::Cpu).unwrap();
+        let text = unet.text(&context).unwrap();
+        Self {
+            unet,
+            text,
+            tape: Mutex::default(),
+            fault: Mutex::new(Fault::None),
+            cancelled: AtomicBool::default(),
+            released: AtomicUsize::default(),
+        }
+    }
+
+    /// What to do wrong from now on.
+    pub fn set(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = fault;
+        self.cancelled.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether an activation is kept for a gradient that was not asked for.
+    pub fn holds(&self) -> bool {
+        self.tape.lock().unwrap().is_some()
+    }
+
+    /// How often an activation was released without a gradient.
+    pub fn released(&self) -> usize {
+        self.released.load(Ordering::SeqCst)
+    }
+
+    fn fault(&self) -> Fault {
+        *self.fault.lock().unwrap()
+    }
+}
+
+impl Host for Lender {
+    fn name(&self) -> &str {
+        "lender"
+    }
+    fn version(&self) -> &str {
+        "1"
+    }
+    fn log(&self, _level: log::Level, _message: &str) {}
+    fn cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+    fn gradient(&self) -> Option<&dyn Gradient> {
+        Some(self)
+    }
+}
+
+/// The numbers of item `index` among those of `batch` items.
+fn item(values: &mut [f32], index: usize, batch: usize) -> &mut [f32] {
+    let length = values.len() / batch;
+    &mut values[index * length..][..length]
+}
+
+impl Gradient for Lender {
+    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+        let fault = self.fault();
+        if fault == Fault::FeaturesFail {
+            return Err(Error::new(Status::OutOfMemory, "no room for features"));
+        }
+        self.cancelled.store(fault == Fault::Cancel, Ordering::SeqCst);
+        let tap = self.unet.config().tap(tap).map_err(|e| Error::new(Status::NotFound, e.to_string()))?;
+        let latents = Tensor::from_vec(latents.to_vec(), latents.shape(), &Device::Cpu).unwrap();
+        let batch = latents.dim(0).unwrap();
+        let (features, tape) = self.unet.forward_to(&latents, &vec![step.timestep; batch], &self.text, tap).unwrap();
+        *self.tape.lock().unwrap() = Some(tape);
+        let mut shape = features.dims().to_vec();
+        let mut numbers = features.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        match fault {
+            Fault::FeaturesChannels => {
+                shape[1] /= 2;
+                numbers.truncate(shape.iter().product());
+            }
+            Fault::FeaturesRank => shape = vec![batch, numbers.len() / batch],
+            Fault::FeaturesNan(index) => item(&mut numbers, index, batch).fill(f32::NAN),
+            _ => {}
+        }
+        Ok((shape, numbers))
+    }
+
+    fn vjp(&self, cotangent: &View<'_>) -> Result<Vec<f32>> {
+        let tape = self.tape.lock().unwrap().take().expect("features came before");
+        let batch = cotangent.shape()[0];
+        let cotangent = Tensor::from_vec(cotangent.to_vec(), cotangent.shape(), &Device::Cpu).unwrap();
+        let gradient = self.unet.vjp(tape, &cotangent).unwrap();
+        let mut gradient = gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        match self.fault() {
+            Fault::VjpFails => return Err(Error::new(Status::OutOfMemory, "no room for a gradient")),
+            Fault::VjpShort => {
+                gradient.pop();
+            }
+            Fault::VjpNan(index) => item(&mut gradient, index, batch)[3] = f32::NAN,
+            Fault::VjpInfinite(index) => item(&mut gradient, index, batch)[3] = f32::INFINITY,
+            _ => {}
+        }
+        Ok(gradient)
+    }
+
+    fn release(&self) {
+        self.tape.lock().unwrap().take();
+        self.released.fetch_add(1, Ordering::SeqCst);
+    }
+}
