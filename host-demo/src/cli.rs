@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use candle_core::Tensor;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host_demo::{
     Error, PluginChoice, Report, Request, Result, Session, Settings, default_model, default_plugin, latents_from_file,
@@ -123,11 +124,7 @@ impl Generate {
             value.map(|value| session.set_param(name, value)).transpose()?;
         }
         let request = self.request(&session, shipped, &device)?;
-        let (batch, _, h, w) = request.start.dims4()?;
-
-        let style = "{bar:32} {pos}/{len} steps, {elapsed} of {duration}  {msg}";
-        let style = ProgressStyle::with_template(style).expect("the template is valid");
-        let bar = bars.add(ProgressBar::new(self.steps as u64).with_style(style));
+        let bar = bars.add(ProgressBar::new(self.steps as u64).with_style(bar_style()));
         let mut outcome = session.run(&request, &mut |_, record| {
             if let Some(score) = record.and_then(host_demo::StepRecord::mean_score) {
                 bar.set_message(format!("score {score:.3}"));
@@ -135,16 +132,49 @@ impl Generate {
             bar.inc(1);
         })?;
         bar.finish();
-
         let started = Instant::now();
         let images = session.decode(&outcome.latents)?;
         outcome.seconds.decode = started.elapsed().as_secs_f64();
-        let mut settings = Settings {
+
+        let settings = self.settings(&folder, plugin, &session, &request)?;
+        let files = self.save_images(&images, &settings)?;
+        match &self.report {
+            None => Ok(()),
+            Some(path) => write_json(
+                path,
+                &Report {
+                    settings,
+                    steps: outcome.steps,
+                    lora_entries: outcome.lora_entries,
+                    seconds: outcome.seconds,
+                    peak_memory_bytes: peak_bytes(),
+                    plugin_memory_bytes: session.plugin_memory(),
+                    images: files,
+                },
+            ),
+        }
+    }
+
+    /// What was asked for and what the defaults made of it.
+    fn settings(
+        &self,
+        model: &Path,
+        plugin: Option<PluginChoice>,
+        session: &Session,
+        request: &Request,
+    ) -> Result<Settings> {
+        let (batch, _, h, w) = request.start.dims4()?;
+        let library = plugin.as_ref().map(|choice| choice.library.display().to_string());
+        let mut config = plugin.map(|choice| choice.config);
+        if let (Some(Value::Object(config)), Some(eta)) = (&mut config, self.eta) {
+            config.insert("eta".into(), json!(eta));
+        }
+        Ok(Settings {
             prompt: self.prompt.clone(),
             negative: self.negative.clone(),
-            model: folder.display().to_string(),
-            plugin: plugin.as_ref().map(|choice| choice.library.display().to_string()),
-            config: plugin.map(|choice| choice.config),
+            model: model.display().to_string(),
+            plugin: library,
+            config,
             scheduler: "ddim",
             steps: self.steps,
             guidance: request.guidance,
@@ -155,10 +185,12 @@ impl Generate {
             latents: self.latents.as_ref().map(|path| path.display().to_string()),
             device: self.device.clone(),
             dtype: self.dtype.clone(),
-        };
-        if let (Some(Value::Object(config)), Some(eta)) = (&mut settings.config, self.eta) {
-            config.insert("eta".into(), json!(eta));
-        }
+        })
+    }
+
+    /// One PNG per item, each with the settings that make it alone; returns their paths.
+    fn save_images(&self, images: &Tensor, settings: &Settings) -> Result<Vec<String>> {
+        let batch = images.dim(0)?;
         let mut files = Vec::new();
         for item in 0..batch {
             let path = if batch == 1 { self.out.clone() } else { numbered(&self.out, item) };
@@ -168,21 +200,7 @@ impl Generate {
             eprintln!("{}", path.display());
             files.push(path.display().to_string());
         }
-        if let Some(path) = &self.report {
-            let report = Report {
-                settings,
-                steps: outcome.steps,
-                lora_entries: outcome.lora_entries,
-                seconds: outcome.seconds,
-                peak_memory_bytes: peak_bytes(),
-                plugin_memory_bytes: session.plugin_memory(),
-                images: files,
-            };
-            let text = serde_json::to_string_pretty(&report).expect("a report is plain data");
-            std::fs::write(path, text + "\n")
-                .map_err(|e| Error::File { path: path.clone(), message: e.to_string() })?;
-        }
-        Ok(())
+        Ok(files)
     }
 
     fn request(&self, session: &Session, shipped: bool, device: &candle_core::Device) -> Result<Request> {
@@ -261,6 +279,16 @@ impl Generate {
         }
         Ok(Some(PluginChoice { library, config }))
     }
+}
+
+fn bar_style() -> ProgressStyle {
+    let template = "{bar:32} {pos}/{len} steps, {elapsed} of {duration}  {msg}";
+    ProgressStyle::with_template(template).expect("the template is valid")
+}
+
+fn write_json(path: &Path, report: &Report) -> Result<()> {
+    let text = serde_json::to_string_pretty(report).expect("a report is plain data");
+    std::fs::write(path, text + "\n").map_err(|e| Error::File { path: path.to_owned(), message: e.to_string() })
 }
 
 fn read_config(text: &str) -> Result<Value> {
