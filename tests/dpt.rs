@@ -184,3 +184,20 @@ pub fn running(host: Arc<dyn Host>, config: &Value, texts: &Texts) -> Instance {
 pub fn float_bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
+
+/// Two items of fixed latents, corrected at step `index`.
+pub fn corrected(instance: &mut Instance, index: usize) -> Vec<f32> {
+    let mut numbers = latents(1, 2);
+    correct(instance, &step(index), &mut numbers).unwrap();
+    numbers
+}
+
+/// L2 norm.
+pub fn norm<'a>(values: impl IntoIterator<Item = &'a f32>) -> f64 {
+    values.into_iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
+}
+
+/// `a - b`.
+pub fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
+}

@@ -1,7 +1,7 @@
 //! Hosts for the plugin: one that lends nothing, and one that lends a U-Net and fails when told to.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
 use diffusion::{Tape, TextKeys, UNet};
@@ -41,6 +41,11 @@ pub enum Fault {
 pub struct Plain {
     /// Whether the user wants to stop.
     pub cancelled: AtomicBool,
+}
+
+/// A [`Plain`] host that nobody cancels.
+pub fn plain() -> Arc<dyn Host> {
+    Arc::new(Plain::default())
 }
 
 impl Host for Plain {

@@ -11,6 +11,7 @@ use diffusion::UNet;
 pub mod cc;
 pub mod dpt;
 pub mod hosts;
+pub mod pickle;
 
 /// The two pipelines of the parity cases.
 pub const FAMILIES: [&str; 2] = ["sd1", "sd2"];

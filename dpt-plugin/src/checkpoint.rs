@@ -8,26 +8,18 @@ use candle_core::{DType, Device};
 use diffusion::Checkpoint;
 use serde::Deserialize;
 
-use crate::{Adapter, AdapterSizes, Error, Result, SizeHints};
+use crate::{Adapter, AdapterSizes, Error, Result, SizeHints, pickle};
 
 /// Longest header that is read for its metadata; the limit of the safetensors crate.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// Opens a file of weights, to be delivered as f32 on `device`. Of a pickle only tensors are rebuilt: candle's reader
-/// interprets the pickle's opcodes itself and calls nothing that the file names.
+/// Opens a file of weights, to be delivered as f32 on `device`.
 pub(crate) fn open(path: &Path, device: &Device) -> Result<Checkpoint> {
     let mut magic = [0; 4];
     let mut file = File::open(path).map_err(|e| Error::NotFound(format!("{}: {e}", path.display())))?;
     file.read_exact(&mut magic).map_err(|_| Error::file(path, "shorter than any file of weights"))?;
     match &magic {
-        b"PK\x03\x04" => {
-            let tensors = candle_core::pickle::read_all(path)
-                .map_err(|e| Error::file(path, format!("not a readable PyTorch pickle of tensors: {e}")))?;
-            if tensors.is_empty() {
-                return Err(Error::file(path, "the PyTorch pickle holds no tensors at its top level"));
-            }
-            Ok(Checkpoint::from_tensors(path, tensors.into_iter().collect(), DType::F32, device))
-        }
+        b"PK\x03\x04" => Ok(Checkpoint::from_tensors(path, pickle::read(path)?, DType::F32, device)),
         [0x80, ..] => {
             Err(Error::file(path, "a PyTorch pickle in the format before 1.6; save it again with a current one"))
         }

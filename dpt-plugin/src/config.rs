@@ -124,3 +124,106 @@ impl Config {
         SizeHints { tap: self.tap.clone(), heads: self.heads, matching_queries: self.matching_queries }
     }
 }
+
+/// The schema, serde's configuration and the parameters say the same.
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use host_api::plugin::ParamKind;
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+
+    fn properties() -> Map<String, Value> {
+        let schema: Value = serde_json::from_str(SCHEMA).unwrap();
+        assert_eq!(schema["additionalProperties"], false);
+        assert_eq!(schema["required"], json!(["adapter"]));
+        schema["properties"].as_object().unwrap().clone()
+    }
+
+    /// The default configuration with one key.
+    fn with(key: &str, value: &Value) -> Result<Config> {
+        Config::parse(&json!({"adapter": "a", key: value}).to_string())
+    }
+
+    #[test]
+    fn the_schema_has_the_fields_of_the_configuration() {
+        // serde lists them when it meets one that it does not know.
+        let message = with("no such field", &Value::Null).unwrap_err().to_string();
+        let (_, listed) = message.split_once("expected one of").unwrap();
+        let fields: BTreeSet<_> = listed.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+        assert_eq!(fields, properties().keys().cloned().collect());
+    }
+
+    #[test]
+    fn the_schema_has_the_defaults_of_the_configuration() {
+        let without = Config::parse(r#"{"adapter": "a"}"#).unwrap();
+        for (key, property) in properties().iter().filter(|(key, _)| *key != "adapter") {
+            assert!(!property["description"].as_str().unwrap().is_empty(), "{key}");
+            assert_eq!(with(key, property.get("default").expect(key)).unwrap(), without, "{key}");
+        }
+    }
+
+    #[test]
+    fn the_schema_has_the_types_of_the_configuration() {
+        for (key, property) in &properties() {
+            let values = json!({
+                "string": "s", "number": 0.25, "integer": 3, "boolean": true, "null": null, "array": [], "object": {},
+            });
+            let types = match &property["type"] {
+                Value::String(only) => vec![only.clone()],
+                Value::Array(types) => types.iter().map(|t| t.as_str().unwrap().to_owned()).collect(),
+                // One of a few values instead.
+                _ => continue,
+            };
+            for (name, value) in values.as_object().unwrap() {
+                let allowed = types.contains(name) || (name == "integer" && types.iter().any(|t| t == "number"));
+                let config = json!({"adapter": "a", "base_model": "b"});
+                let mut config = config.as_object().unwrap().clone();
+                config.insert(key.clone(), value.clone());
+                let parsed = Config::parse(&Value::Object(config).to_string());
+                assert_eq!(parsed.is_ok(), allowed, "{key}: {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_schema_lists_the_choices() {
+        let properties = properties();
+        for dtype in properties["dtype"]["enum"].as_array().unwrap() {
+            diffusion::dtype(dtype.as_str().unwrap()).unwrap();
+        }
+        let mut sources = Vec::new();
+        for source in properties["gradient"]["enum"].as_array().unwrap() {
+            let config = json!({"adapter": "a", "base_model": "b", "gradient": source});
+            sources.push(Config::parse(&config.to_string()).unwrap().gradient);
+        }
+        assert_eq!(sources, [Some(GradientSource::Host), Some(GradientSource::Plugin), None]);
+    }
+
+    #[test]
+    fn the_schema_has_the_ranges_of_the_parameters() {
+        let properties = properties();
+        let params = crate::params::params(&Config::parse(r#"{"adapter": "a"}"#).unwrap()).unwrap();
+        for spec in params.specs() {
+            let property = &properties[&spec.name];
+            let kind = match spec.kind {
+                ParamKind::Float { .. } => "number",
+                ParamKind::Integer { .. } => "integer",
+                ParamKind::Boolean => "boolean",
+                ParamKind::Choice(_) => "string",
+            };
+            assert_eq!(property["type"], kind, "{}", spec.name);
+            let default = property["default"].as_f64().unwrap_or_else(|| f64::from(property["default"] == true));
+            assert_eq!((default, params.get_by_name(&spec.name).unwrap()), (spec.default, spec.default));
+            if kind != "boolean" {
+                let range = (property["minimum"].as_f64().unwrap(), property["maximum"].as_f64().unwrap());
+                assert_eq!(range, spec.kind.range(), "{}", spec.name);
+            }
+        }
+        // And no key with a range is missing among the parameters.
+        let ranged = properties.iter().filter(|(_, property)| property.get("maximum").is_some());
+        assert!(ranged.map(|(key, _)| params.index(key)).all(|found| found.is_ok()));
+    }
+}

@@ -11,6 +11,7 @@ mod correct;
 mod error;
 mod lora;
 mod params;
+mod pickle;
 mod plugin;
 mod score;
 mod source;

@@ -7,7 +7,7 @@ use host_api::host::{Host, Instance};
 use host_api::{Outcome, Report, Status};
 use serde_json::{Value, json};
 use tests::dpt::{Texts, correct, float_bits, host_config, latents, own_config, running, step};
-use tests::hosts::{Fault, Lender, Plain};
+use tests::hosts::{Fault, Lender, Plain, plain};
 
 const ITEM: usize = 4 * 16 * 16;
 
@@ -17,7 +17,7 @@ fn both_sources(more: Value) -> [(&'static str, Instance); 2] {
     let host: Arc<dyn Host> = Arc::new(Lender::new(&texts));
     [
         ("host", running(host, &host_config(more.clone()), &texts)),
-        ("plugin", running(Arc::new(Plain::default()), &own_config(more), &texts)),
+        ("plugin", running(plain(), &own_config(more), &texts)),
     ]
 }
 
@@ -30,7 +30,7 @@ fn a_single_item_that_is_not_finite_is_an_error() {
     let texts = Texts::of(&[0]);
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for more in [json!({}), json!({"eta": 0., "monitor": true})] {
-            let mut instance = running(Arc::new(Plain::default()), &own_config(more), &texts);
+            let mut instance = running(plain(), &own_config(more), &texts);
             let mut numbers = latents(1, 1);
             numbers[77] = value;
             let before = float_bits(&numbers);
@@ -72,7 +72,7 @@ fn an_item_that_is_not_finite_leaves_its_neighbour_alone() {
 fn text_that_is_not_finite_spoils_its_own_item_only() {
     let texts = Texts::of(&[0, 2]);
     let mut good = latents(1, 2);
-    let mut instance = running(Arc::new(Plain::default()), &own_config(json!({})), &texts);
+    let mut instance = running(plain(), &own_config(json!({})), &texts);
     correct(&mut instance, &step(0), &mut good).unwrap();
     let mut pooled = texts.clone();
     pooled.pooled[40] = f32::NAN;
@@ -82,7 +82,7 @@ fn text_that_is_not_finite_spoils_its_own_item_only() {
         for monitor in [false, true] {
             let eta = if monitor { 0. } else { 20. };
             let settings = own_config(json!({"eta": eta, "monitor": monitor}));
-            let mut instance = running(Arc::new(Plain::default()), &settings, &spoilt);
+            let mut instance = running(plain(), &settings, &spoilt);
             let start = latents(1, 2);
             let mut numbers = start.clone();
             let report = correct(&mut instance, &step(0), &mut numbers).unwrap();

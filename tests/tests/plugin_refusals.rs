@@ -10,7 +10,7 @@ use tests::dpt::{
     Texts, adapter, base_model, create, float_bits, host_config, latents, library, model, own_config, prepared, run,
     running, scratch, step, unet_config, with,
 };
-use tests::hosts::{Lender, Plain};
+use tests::hosts::{Lender, plain};
 use tests::{committed, dpt};
 
 /// `status`, and every one of `words` in the message.
@@ -20,10 +20,6 @@ fn refused<T>(result: host_api::Result<T>, status: Status, words: &[&str]) {
     assert_eq!(error.status, status, "{error}");
     assert!(words.iter().all(|word| error.message.contains(word)), "{words:?} in: {error}");
     assert!(error.message.len() < 511, "cut short: {error}");
-}
-
-fn plain() -> Arc<Plain> {
-    Arc::new(Plain::default())
 }
 
 fn lender() -> Arc<Lender> {
@@ -217,7 +213,7 @@ fn latents_and_steps() {
 
     // Told to, or where it sees them, the plugin corrects all the same.
     let told = own_config(json!({"ignore_extra_inputs": true}));
-    for (host, settings) in [(plain() as Arc<dyn host_api::host::Host>, told), (lender(), host_config(json!({})))] {
+    for (host, settings) in [(plain(), told), (lender() as Arc<dyn host_api::host::Host>, host_config(json!({})))] {
         let mut numbers = start.clone();
         dpt::correct(&mut running(host, &settings, &texts), &extra, &mut numbers).unwrap();
         assert_ne!(float_bits(&numbers), float_bits(&start));
