@@ -73,6 +73,19 @@ impl Checkpoint {
         names
     }
 
+    /// The first tensor by name that holds NaN or infinity as delivered.
+    pub fn first_non_finite(&self) -> Result<Option<String>> {
+        for name in self.names() {
+            let failed = |e| Error::file(&self.path, format!("tensor `{name}`: {e}"));
+            // 0 when every value is finite, NaN otherwise.
+            let zero = self.load(&name).and_then(|t| (t * 0.)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>());
+            if zero.map_err(failed)?.is_nan() {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+
     /// Marks a tensor as known although no layer reads it (buffers that old files carry, such as `position_ids`).
     pub fn ignore(&self, name: &str) {
         self.taken.borrow_mut().insert(name.to_owned());

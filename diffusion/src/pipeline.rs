@@ -24,6 +24,16 @@ impl TextModel {
         Ok(Self { tokenizer: Tokenizer::load(&folder.join("tokenizer"), encoder.max_positions())?, encoder })
     }
 
+    /// Tokens of a prompt that do not fit and are cut.
+    pub fn dropped(&self, prompt: &str) -> Result<usize> {
+        Ok(self.tokenizer.encode(prompt)?.dropped)
+    }
+
+    /// Bytes of the weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.encoder.weight_bytes()
+    }
+
     /// The last hidden state and the pooled embedding of each prompt. Too long prompts are cut, with a warning.
     pub fn encode(&self, prompts: &[&str]) -> Result<TextEmbedding> {
         let ids = prompts.iter().map(|prompt| Ok(self.tokenizer.encode(prompt)?.ids)).collect::<Result<Vec<_>>>()?;

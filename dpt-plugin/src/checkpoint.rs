@@ -34,9 +34,17 @@ impl Adapter {
         let checkpoint = open(path, device)?;
         let adapter = load_adapter(&checkpoint, hints)?;
         checkpoint.ignore_below("unet.");
-        checkpoint.finish()?;
+        finish(checkpoint)?;
         Ok(adapter)
     }
+}
+
+/// Accounts for every tensor, and refuses NaN and infinity: one such weight would spoil every picture.
+pub(crate) fn finish(checkpoint: Checkpoint) -> Result<()> {
+    if let Some(name) = checkpoint.first_non_finite()? {
+        return Err(Error::file(checkpoint.path(), format!("tensor `{name}` holds NaN or infinity")));
+    }
+    Ok(checkpoint.finish()?)
 }
 
 /// Takes the adapter out of a checkpoint. LoRA tensors stay; what remains besides them can be found by

@@ -65,7 +65,10 @@ impl Error {
             Self::NonFinite(_) => Status::NonFinite,
             Self::Cancelled => Status::Cancelled,
             Self::Diffusion(error) => match error {
-                diffusion::Error::Io { .. } => Status::NotFound,
+                diffusion::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                    Status::NotFound
+                }
+                diffusion::Error::Io { .. } => Status::InvalidData,
                 diffusion::Error::File { .. }
                 | diffusion::Error::MissingTensor { .. }
                 | diffusion::Error::UnexpectedTensor { .. }

@@ -64,3 +64,8 @@ pub(crate) fn for_hosts(entries: &[LoraEntry]) -> Result<host_api::plugin::Lora>
     };
     Ok(host_api::plugin::Lora::new(entries.iter().map(entry).collect::<Result<_>>()?)?)
 }
+
+/// Bytes of the factors, which are held twice: as tensors and as the extension's plain numbers.
+pub(crate) fn bytes(entries: &[LoraEntry]) -> u64 {
+    entries.iter().map(|entry| 8 * (entry.down.elem_count() + entry.up.elem_count()) as u64).sum()
+}

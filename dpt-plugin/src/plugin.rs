@@ -49,7 +49,11 @@ impl Plugin for DptPlugin {
         Ok(Self::new(host, Config::parse(config)?)?)
     }
 
-    fn prepare(&mut self, model: &Model<'_>, _latents: host_api::Device) -> host_api::Result<()> {
+    fn prepare(&mut self, model: &Model<'_>, latents: host_api::Device) -> host_api::Result<()> {
+        if latents != host_api::Device::Cpu {
+            let message = format!("latents on {latents:?}: they must be in main memory, wherever the model computes");
+            return Err(Error::Unsupported(message).into());
+        }
         self.prepared = Some(self.fit(model)?);
         Ok(())
     }
@@ -80,11 +84,14 @@ impl Plugin for DptPlugin {
     }
 
     fn memory(&self) -> u64 {
-        let own = match self.prepared.as_ref().map(|prepared| &prepared.source) {
-            Some(Source::Own(own)) => own.unet.weight_bytes(),
-            _ => 0,
-        };
-        own + self.adapter.weight_bytes()
+        let prepared = self.prepared.as_ref().map_or(0, |prepared| {
+            let own = match &prepared.source {
+                Source::Own(own) => own.unet.weight_bytes(),
+                Source::Host(_) => 0,
+            };
+            own + prepared.encoder.as_ref().map_or(0, TextModel::weight_bytes)
+        });
+        prepared + self.adapter.weight_bytes() + lora::bytes(&self.lora_entries)
     }
 
     fn params(&self) -> Option<Arc<Params>> {
@@ -105,11 +112,11 @@ impl DptPlugin {
         let file = checkpoint::open(&config.adapter, &device)?;
         let adapter = checkpoint::load_adapter(&file, config.hints())?;
         let mut lora_entries = lora::load(&file, config.lora_strength)?;
-        file.finish()?;
+        checkpoint::finish(file)?;
         if let Some(path) = &config.lora {
             let file = checkpoint::open(path, &device)?;
             lora_entries = lora::load(&file, config.lora_strength)?;
-            file.finish()?;
+            checkpoint::finish(file)?;
             if lora_entries.is_empty() {
                 return Err(Error::file(path, "holds no LoRA weights"));
             }
@@ -118,63 +125,52 @@ impl DptPlugin {
         Ok(Self { host, config, device, params, adapter, lora_entries, lora, prepared: None, conditioning: None })
     }
 
-    /// Checks that method and adapter fit the model, and gets hold of a gradient source.
+    /// Checks that method and adapter fit the model, and gets hold of a gradient source. The old source, if there is one,
+    /// lives until the new one is ready, so that a failed prepare changes nothing.
     fn fit(&self, model: &Model) -> Result<Prepared> {
-        if model.prediction == Prediction::Flow {
-            let message =
-                "flow-prediction models have no alpha_bar, and the correction (Eq. 9) is not defined for them";
-            return Err(Error::Unsupported(message.into()));
-        }
-        if model.unet_in_channels != model.latent_channels {
-            return Err(Error::Unsupported(format!(
-                "the U-Net takes {} channels for latents of {}: models with extra inputs (inpainting) are not supported",
-                model.unet_in_channels, model.latent_channels
-            )));
-        }
+        check_model(model)?;
         let sampled = model.unet_config.map(UNetConfig::parse).transpose();
         let sampled = sampled.map_err(|e| Error::Unsupported(format!("the model's U-Net: {e}")))?;
         sampled.as_ref().map_or(Ok(()), |config| self.check_fit(config))?;
         let (source, encoder) = match self.config.source() {
-            GradientSource::Host => {
-                let gradient = self.host.gradient().ok_or_else(|| {
-                    Error::Unsupported(format!(
-                        "host {} has no sampler-hook.gradient/1; configure a `base_model` so that the plugin computes the \
-                         gradient itself",
-                        self.host.name()
-                    ))
-                })?;
-                (Source::Host(gradient), None)
-            }
-            GradientSource::Plugin => {
-                let folder = self.config.base_model.as_deref().expect("checked when the configuration was parsed");
-                let dtype = diffusion::dtype(&self.config.dtype)?;
-                let mut unet = UNet::load_to(&folder.join("unet"), &self.adapter.sizes().tap, dtype, &self.device)
-                    .map_err(tap_not_found)?;
-                self.check_fit(unet.config())?;
-                if unet.config().in_channels != model.unet_in_channels {
-                    return Err(Error::Shape(format!(
-                        "the base model's U-Net takes {} channels, the host's {}",
-                        unet.config().in_channels,
-                        model.unet_in_channels
-                    )));
-                }
-                if let Some(sampled) = sampled
-                    && sampled.block_out_channels != unet.config().block_out_channels
-                {
-                    return Err(Error::Shape(format!(
-                        "the base model is not the host's: its U-Net's levels have {:?} channels, the host's {:?}",
-                        unet.config().block_out_channels,
-                        sampled.block_out_channels
-                    )));
-                }
-                unet.merge_lora(&self.lora_entries, 1.)?;
-                let tap = unet.config().tap(&self.adapter.sizes().tap)?;
-                let encoder = folder.join("text_encoder").is_dir();
-                let encoder = encoder.then(|| TextModel::load(folder, dtype, &self.device)).transpose()?;
-                (Source::Own(OwnUNet { unet, tap, tape: None }), encoder)
-            }
+            GradientSource::Host => (self.host_source()?, None),
+            GradientSource::Plugin => self.own_source(model, sampled.as_ref())?,
         };
         Ok(Prepared { source, encoder, latent_channels: model.latent_channels })
+    }
+
+    fn host_source(&self) -> Result<Source> {
+        self.host.gradient().map(Source::Host).ok_or_else(|| {
+            Error::Unsupported(format!(
+                "host {} has no sampler-hook.gradient/1; configure a `base_model` so that the plugin computes the gradient \
+                 itself",
+                self.host.name()
+            ))
+        })
+    }
+
+    /// Loads the base model up to the tap, with the LoRA merged, and its text encoder where it has one.
+    fn own_source(&self, model: &Model, sampled: Option<&UNetConfig>) -> Result<(Source, Option<TextModel>)> {
+        let folder = self.config.base_model.as_deref().expect("checked when the configuration was parsed");
+        let dtype = diffusion::dtype(&self.config.dtype)?;
+        let tap = &self.adapter.sizes().tap;
+        let mut unet = UNet::load_to(&folder.join("unet"), tap, dtype, &self.device).map_err(tap_not_found)?;
+        self.check_fit(unet.config())?;
+        let (own, host) = (unet.config().in_channels, model.unet_in_channels);
+        if own != host {
+            return Err(Error::Shape(format!("the base model's U-Net takes {own} channels, the host's {host}")));
+        }
+        let (own, host) = (&unet.config().block_out_channels, sampled.map(|config| &config.block_out_channels));
+        if host.is_some_and(|host| host != own) {
+            let host = host.expect("just compared");
+            let message = format!("its U-Net's levels have {own:?} channels, the host's {host:?}");
+            return Err(Error::Shape(format!("the base model is not the host's: {message}")));
+        }
+        unet.merge_lora(&self.lora_entries, 1.)?;
+        let tap = unet.config().tap(tap)?;
+        let encoder = folder.join("text_encoder").is_dir();
+        let encoder = encoder.then(|| TextModel::load(folder, dtype, &self.device)).transpose()?;
+        Ok((Source::Own(OwnUNet { unet, tap, tape: None }), encoder))
     }
 
     /// Tap and widths of adapter and U-Net.
@@ -198,7 +194,7 @@ impl DptPlugin {
     fn conditioning_of(&self, text: &host_api::Text, batch: usize) -> Result<Conditioning> {
         let prepared = self.prepared.as_ref().expect("prepare precedes begin");
         let needs = TextRequirements { batch, clip_dim: self.adapter.sizes().clip_dim, device: &self.device };
-        Conditioning::new(text, &needs, &prepared.source, prepared.encoder.as_ref())
+        Conditioning::new(text, &needs, &prepared.source, prepared.encoder.as_ref(), &self.host)
     }
 
     fn prepared_mut(&mut self) -> &mut Prepared {
@@ -280,9 +276,28 @@ fn tap_not_found(error: diffusion::Error) -> Error {
     }
 }
 
+/// Models that the method is not defined for or whose inputs are not known here.
+fn check_model(model: &Model) -> Result<()> {
+    if model.prediction == Prediction::Flow {
+        let message = "flow-prediction models have no alpha_bar, and the correction (Eq. 9) is not defined for them";
+        return Err(Error::Unsupported(message.into()));
+    }
+    let (inputs, latents) = (model.unet_in_channels, model.latent_channels);
+    if inputs != latents {
+        return Err(Error::Unsupported(format!(
+            "the U-Net takes {inputs} channels for latents of {latents}: models with extra inputs (inpainting) are not \
+             supported"
+        )));
+    }
+    if latents == 0 {
+        return Err(Error::Shape("the model's latents have 0 channels".into()));
+    }
+    Ok(())
+}
+
 fn check_features(features: &Tensor, adapter: &Adapter, batch: usize) -> Result<()> {
     match features.dims() {
-        [b, c, _, _] if *b == batch && *c == adapter.sizes().channels => Ok(()),
+        [b, c, h, w] if *b == batch && *c == adapter.sizes().channels && *h > 0 && *w > 0 => Ok(()),
         found => Err(Error::Shape(format!(
             "the features at {} have shape {found:?}, expected [{batch}, {}, h, w]",
             adapter.sizes().tap,

@@ -1,7 +1,9 @@
 //! The text that a run or a step is scored against.
 
 use candle_core::{DType, Device, Tensor};
+use diffusion::text::TextEmbedding;
 use diffusion::{TextKeys, TextModel};
+use host_api::plugin::HostHandle;
 use host_api::{Text, View};
 
 use crate::source::Source;
@@ -23,41 +25,37 @@ pub(crate) struct TextRequirements<'a> {
 }
 
 impl Conditioning {
-    /// Reads the pooled embedding, or takes it from the context at the end-of-text positions, or encodes the prompts with
-    /// the base model's own text encoder; and computes keys and values for the plugin's own U-Net.
+    /// Reads the pooled embedding, or takes it from the context at the end-of-text positions; what the host does not give is
+    /// encoded from the prompts with the base model's own text encoder. Computes keys and values for the plugin's own U-Net.
     pub(crate) fn new(
         text: &Text,
         needs: &TextRequirements,
         source: &Source,
         encoder: Option<&TextModel>,
+        host: &HostHandle,
     ) -> Result<Self> {
-        // The host's own U-Net knows the context already.
-        let enough = text.context.is_some() || matches!(source, Source::Host(_));
-        let (context, pooled) = match (text.context, text.pooled, text.end_of_text, text.prompts, encoder) {
-            (context, Some(pooled), ..) if enough => {
-                (context.map(|view| tensor(&view, needs)).transpose()?, tensor(&pooled, needs)?)
-            }
-            (Some(context), None, Some(positions), ..) => {
-                let context = tensor(&context, needs)?;
-                let pooled = pool(&context, positions, needs.batch)?;
-                (Some(context), pooled)
-            }
-            (.., Some(prompts), Some(encoder)) => {
-                let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
-                let text = encoder.encode(&prompts)?;
-                (Some(text.hidden), text.pooled.to_dtype(DType::F32)?.to_device(needs.device)?)
-            }
-            _ => {
+        let mut context = text.context.map(|view| tensor(&view, needs)).transpose()?;
+        let mut pooled = match (text.pooled, &context, text.end_of_text) {
+            (Some(pooled), ..) => Some(tensor(&pooled, needs)?),
+            (None, Some(context), Some(positions)) => Some(pool(context, positions, needs.batch)?),
+            _ => None,
+        };
+        if pooled.is_none() || (context.is_none() && matches!(source, Source::Own(_))) {
+            let (Some(prompts), Some(encoder)) = (text.prompts, encoder) else {
                 let message = "the text has neither a context with a pooled embedding or end-of-text positions, nor prompts \
                                that a `base_model` with a text encoder could encode";
                 return Err(Error::Text(message.into()));
-            }
-        };
+            };
+            let encoded = encode(prompts, encoder, host)?;
+            context = context.or(Some(encoded.hidden));
+            pooled = pooled.or(Some(encoded.pooled.to_dtype(DType::F32)?.to_device(needs.device)?));
+        }
+        let pooled = pooled.expect("given or encoded");
         expect("pooled text", pooled.dims(), &[Some(needs.batch), Some(needs.clip_dim)])?;
         let keys = match source {
             Source::Host(_) => None,
             Source::Own(own) => {
-                let context = context.expect("every way to pool for the plugin's own U-Net gives a context");
+                let context = context.expect("given or encoded");
                 let width = own.unet.config().cross_attention_dim;
                 expect("text context", context.dims(), &[Some(needs.batch), None, Some(width)])?;
                 Some(own.unet.text(&context)?)
@@ -65,6 +63,17 @@ impl Conditioning {
         };
         Ok(Self { pooled, keys })
     }
+}
+
+/// Encodes prompts and tells the host's user when one is too long.
+fn encode(prompts: &[String], encoder: &TextModel, host: &HostHandle) -> Result<TextEmbedding> {
+    for prompt in prompts {
+        let dropped = encoder.dropped(prompt)?;
+        if dropped > 0 {
+            host.log(log::Level::Warn, &format!("the last {dropped} tokens of a prompt do not fit and are cut"));
+        }
+    }
+    Ok(encoder.encode(&prompts.iter().map(String::as_str).collect::<Vec<_>>())?)
 }
 
 fn tensor(view: &View, needs: &TextRequirements) -> Result<Tensor> {

@@ -8,7 +8,7 @@
  *
  *     entry  = sampler_hook_entry(SH_ABI_MAJOR)             NULL: the library does not speak this major
  *     entry->create(id, host, config, &plugin, &error)      state CREATED
- *     plugin->prepare(plugin, &model, device, &error)       state PREPARED    (again at any time: new weights)
+ *     plugin->prepare(plugin, &model, device, &error)       state PREPARED    (again outside a run: new weights)
  *     plugin->begin(plugin, &run, &error)                   state RUNNING     (host merges LoRA entries before or here)
  *       plugin->step(plugin, &step, in, out, &report, &error)   before every noise prediction
  *     plugin->end(plugin, &error)                           state PREPARED
@@ -31,8 +31,8 @@
  *     the other side reads and writes no further. A struct_size smaller than that of the first version is an error.
  *   - Strings are UTF-8 with a length, not NUL-terminated. {NULL, 0} is the empty string.
  *   - Reserved members are 0. Unknown flags are an error.
- *   - A plugin that catches a fault inside a call returns SH_PANIC; from then on the instance answers SH_POISONED to
- *     everything but destroy.
+ *   - A plugin that catches a fault inside a call returns SH_PANIC; from then on every function of the instance that
+ *     returns sh_status answers SH_POISONED, and nothing but destroy is of use.
  */
 #ifndef SAMPLER_HOOK_H
 #define SAMPLER_HOOK_H
@@ -86,7 +86,7 @@ typedef struct sh_string {
   uint64_t size; /* bytes */
 } sh_string;
 
-/* DLPack's structs, under their own names and layout, for hosts that do not include dlpack.h before this header. */
+/* DLPack's structs, under their own names and layout. A host that uses dlpack.h includes it before this header. */
 #ifndef DLPACK_DLPACK_H_
 typedef struct DLDevice {
   int32_t device_type; /* kDLCPU = 1, kDLCUDA = 2 */
@@ -199,7 +199,7 @@ typedef struct sh_step {
   uint32_t count;          /* steps of the run */
   uint32_t sub_evaluation; /* 0 for the first noise prediction of the step, 1, 2, ... for those that samplers add */
   double timestep;         /* training timestep, may be fractional */
-  double alpha_bar;        /* cumulative alpha at that timestep, in (0, 1] */
+  double alpha_bar;        /* cumulative alpha at that timestep, in [0, 1]; in SH_SPACE_VE above 0 */
   int32_t space;           /* SH_SPACE_* */
   uint32_t flags;          /* SH_STEP_* */
   const sh_text *text;     /* replaces the run's text for this step (prompt schedules); NULL: the run's */
@@ -262,12 +262,13 @@ struct sh_plugin {
   /* Reads the latents [B, C, h, w] before a noise prediction and writes them, corrected, to `out`, which has the same
    * shape, dtype and device and is either the very same memory or does not overlap. When the outcome is SH_SKIPPED_*,
    * `out` holds the input bit for bit. An item that is not finite is left as it was, with its own status, while the
-   * others are corrected; when no item could be, the call fails. `report` may be NULL. [sampler] RUNNING */
+   * others are corrected; when no item could be, the call fails. `report` may be NULL; a call that fails leaves it alone.
+   * [sampler] RUNNING */
   sh_status (*step)(const sh_plugin *plugin, const sh_step *step, const sh_view *latents, const sh_view *out,
                     sh_report *report, sh_error *error);
   /* Ends the run, finished or not. [main] RUNNING */
   sh_status (*end)(const sh_plugin *plugin, sh_error *error);
-  /* Bytes of weights and buffers that the instance holds now. [main] any state but POISONED, which gives 0 */
+  /* Bytes of weights that the instance holds now. [main] any state but POISONED, which gives 0 */
   uint64_t (*memory)(const sh_plugin *plugin);
   /* The plugin extension of that id, valid until destroy, or NULL. [any] */
   const void *(*extension)(const sh_plugin *plugin, sh_string id);

@@ -127,7 +127,7 @@ pub struct Step<'a> {
     pub sub_evaluation: usize,
     /// Training timestep, may be fractional.
     pub timestep: f64,
-    /// Cumulative alpha at that timestep, in `(0, 1]`.
+    /// Cumulative alpha at that timestep, in `[0, 1]`; in [`Space::Ve`] above 0.
     pub alpha_bar: f64,
     /// How the latents are scaled.
     pub space: Space,

@@ -122,6 +122,9 @@ impl SchedulerConfig {
         if total == 0 || total > MOST_TIMESTEPS {
             return Err(format!("num_train_timesteps is {total}, expected 1 to {MOST_TIMESTEPS}"));
         }
+        if self.steps_offset >= total {
+            return Err(format!("steps_offset is {}, expected less than the {total} timesteps", self.steps_offset));
+        }
         match &self.betas {
             Betas::Linear { start, end } | Betas::ScaledLinear { start, end } => {
                 if !(0.0..=1.0).contains(start) || !(0.0..=1.0).contains(end) {

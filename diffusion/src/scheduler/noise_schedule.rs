@@ -29,7 +29,14 @@ impl NoiseSchedule {
         if config.rescale_betas_zero_snr {
             betas = rescale_zero_terminal_snr(&betas);
         }
-        Ok(Self { alphas_cumprod: cumulative(betas.iter().map(|beta| 1.0 - beta)).map(f64::from).collect() })
+        let alphas_cumprod: Vec<f64> = cumulative(betas.iter().map(|beta| 1.0 - beta)).map(f64::from).collect();
+        match alphas_cumprod.iter().position(|alpha_bar| !(0.0..=1.0).contains(alpha_bar)) {
+            None => Ok(Self { alphas_cumprod }),
+            Some(t) => {
+                let message = format!("scheduler: alpha_bar is {} at timestep {t}, expected 0 to 1", alphas_cumprod[t]);
+                Err(Error::Input(message))
+            }
+        }
     }
 
     /// alpha_bar of timesteps 0 to T - 1, each rounded to f32 as diffusers keeps it.

@@ -18,6 +18,7 @@ pub struct TextEncoder {
     layers: Vec<Layer>,
     final_norm: LayerNorm,
     mask: Tensor,
+    weight_bytes: u64,
 }
 
 /// What a prompt means to the U-Net and to a matching score.
@@ -61,7 +62,13 @@ impl TextEncoder {
             .collect::<Result<_>>()?;
         let final_norm = LayerNorm::load(&scope.enter("final_layer_norm"), d, eps)?;
         let mask = causal_mask(positions, scope.device())?.to_dtype(statistics_dtype(scope.dtype()))?;
-        Ok(Self { config, token_embedding, position_embedding, layers, final_norm, mask })
+        let weight_bytes = scope.taken_bytes();
+        Ok(Self { config, token_embedding, position_embedding, layers, final_norm, mask, weight_bytes })
+    }
+
+    /// Bytes of the weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
     }
 
     /// D, the width of the hidden states and of the pooled embedding.

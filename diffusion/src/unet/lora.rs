@@ -29,6 +29,12 @@ pub(super) struct Merged {
     originals: HashMap<String, Tensor>,
 }
 
+impl Merged {
+    pub(super) fn bytes(&self) -> u64 {
+        self.originals.values().map(|weight| (weight.elem_count() * weight.dtype().size_in_bytes()) as u64).sum()
+    }
+}
+
 impl UNet {
     /// Adds the entries to the projections; several entries for one projection add up. All of them, or none: an unknown
     /// module or an entry that does not fit is an error and changes nothing. Entries for blocks beyond the tap that this

@@ -159,9 +159,9 @@ impl UNet {
         self.dtype
     }
 
-    /// Bytes of the weights that were loaded.
+    /// Bytes of the weights, with the originals that are kept while LoRA is merged.
     pub fn weight_bytes(&self) -> u64 {
-        self.weight_bytes
+        self.weight_bytes + self.lora.bytes()
     }
 
     /// The device that the model is on.

@@ -71,6 +71,12 @@ impl VaeConfig {
                 return Some(format!("`{key}` is {types:?}; {levels} of \"{supported}\" are supported"));
             }
         }
+        let (inputs, outputs, latents) = (self.in_channels, self.out_channels, self.latent_channels);
+        if inputs != 3 || outputs != 3 || !(1..=1024).contains(&latents) {
+            return Some(format!(
+                "{inputs} channels in, {outputs} out, {latents} of latents; expected 3, 3 and 1 to 1024"
+            ));
+        }
         if self.act_fn != "silu" {
             return Some(format!("`act_fn` is \"{}\"; only \"silu\" is supported", self.act_fn));
         }

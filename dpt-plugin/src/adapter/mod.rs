@@ -1,7 +1,7 @@
 //! The discriminative adapter (Eq. 1-2): a small DETR-style Transformer that reads the tapped U-Net features and answers
 //! with queries, the first M of which speak of the whole image (matching) and the other K of its objects (grounding).
 //!
-//! Names and shapes of the weights are those of the released checkpoint. The adapter computes in f32 through operations
+//! Names and shapes of the weights are those of the released checkpoint. The adapter computes in its weights' dtype, f32 as the plugin loads them, through operations
 //! that candle's autograd can differentiate: its input gradient at inference, its weights in training.
 
 mod attention;

@@ -147,8 +147,12 @@ impl StepParts<'_> {
         if !step.timestep.is_finite() {
             return Err(Error::invalid_argument(format!("step: timestep is {}", step.timestep)));
         }
-        if !(step.alpha_bar > 0.0 && step.alpha_bar <= 1.0) {
-            return Err(Error::invalid_argument(format!("step: alpha_bar {} is not in (0, 1]", step.alpha_bar)));
+        let space = Space::from_code(step.space)?;
+        // A schedule with zero terminal signal-to-noise ratio starts at 0, where sigma space has no finite latents.
+        let (alpha_bar, fits) = (step.alpha_bar, (0.0..=1.0).contains(&step.alpha_bar));
+        if !fits || (alpha_bar == 0.0 && space == Space::Ve) {
+            let range = if space == Space::Ve { "(0, 1]" } else { "[0, 1]" };
+            return Err(Error::invalid_argument(format!("step: alpha_bar {alpha_bar} is not in {range}")));
         }
         if step.flags & !SH_STEP_EXTRA_INPUTS != 0 {
             return Err(Error::invalid_argument(format!("step: unknown flags {:#x}", step.flags)));
@@ -165,7 +169,7 @@ impl StepParts<'_> {
             sub_evaluation: step.sub_evaluation as usize,
             timestep: step.timestep,
             alpha_bar: step.alpha_bar,
-            space: Space::from_code(step.space)?,
+            space,
             extra_inputs: step.flags & SH_STEP_EXTRA_INPUTS != 0,
             text: None,
         };

@@ -68,7 +68,13 @@ unsafe extern "C" fn features(
         let tap = unsafe { read_string(tap, "tap") }?;
         bridge.keep(None);
         let (shape, numbers) = bridge.gradient()?.features(&parts.step(), &latents, &tap)?;
-        let layout = Box::new(*View::new(&numbers, &shape)?.parts().1);
+        let layout = match View::new(&numbers, &shape) {
+            Ok(view) => Box::new(*view.parts().1),
+            Err(error) => {
+                bridge.gradient()?.release();
+                return Err(error);
+            }
+        };
         let kept = Activation { numbers, layout };
         let raw = ffi::view::to_raw(kept.numbers.as_ptr().cast(), &kept.layout, crate::abi::SH_VIEW_READ_ONLY);
         bridge.keep(Some(kept)); // moves the vector and the box, not what they point to
@@ -94,15 +100,23 @@ unsafe extern "C" fn vjp(
         let activation = bridge.activation.lock().unwrap_or_else(PoisonError::into_inner).take();
         let activation =
             activation.ok_or_else(|| Error::new(Status::InvalidState, "vjp without features before it"))?;
-        // SAFETY: the plugin's promise, for both.
-        let (cotangent, mut gradient) =
-            unsafe { (View::from_raw(cotangent, "cotangent")?, ViewMut::from_raw(gradient, "gradient")?) };
-        if cotangent.shape() != activation.layout.shape() {
+        let views = || {
+            // SAFETY: the plugin's promise, for both.
+            let (cotangent, gradient) =
+                unsafe { (View::from_raw(cotangent, "cotangent")?, ViewMut::from_raw(gradient, "gradient")?) };
             let (found, expected) = (cotangent.shape(), activation.layout.shape());
-            return Err(Error::shape_mismatch(format!(
-                "cotangent of shape {found:?} for an activation of {expected:?}"
-            )));
-        }
+            if found != expected {
+                let message = format!("cotangent of shape {found:?} for an activation of {expected:?}");
+                return Err(Error::shape_mismatch(message));
+            }
+            Ok((cotangent, gradient))
+        };
+        // The activation's life ends here, also when the host's gradient is never asked for.
+        let (cotangent, mut gradient) = views().inspect_err(|_| {
+            if let Ok(host) = bridge.gradient() {
+                host.release();
+            }
+        })?;
         let found = bridge.gradient()?.vjp(&cotangent)?;
         gradient.write(&found)
     };

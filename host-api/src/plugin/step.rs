@@ -74,8 +74,9 @@ fn check_cancelled<P>(instance: &Instance<P>) -> Result<()> {
 
 fn check_latents(latents: &View<'_>, run: RunShape, channels: usize) -> Result<[usize; 4]> {
     let found = latents.shape();
-    <[usize; 4]>::try_from(found).ok().filter(|shape| shape[0] == run.batch && shape[1] == channels).ok_or_else(|| {
-        let expected = format!("[{}, {channels}, h, w]", run.batch);
+    let fits = |[b, c, h, w]: &[usize; 4]| *b == run.batch && *c == channels && *h > 0 && *w > 0;
+    <[usize; 4]>::try_from(found).ok().filter(fits).ok_or_else(|| {
+        let expected = format!("[{}, {channels}, h, w] with h and w at least 1", run.batch);
         Error::shape_mismatch(format!("latents have shape {found:?}, expected {expected}"))
     })
 }

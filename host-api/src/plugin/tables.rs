@@ -80,10 +80,13 @@ pub(super) unsafe fn enter<P: Plugin>(
 }
 
 unsafe extern "C" fn destroy<P: Plugin>(plugin: *const sh_plugin) {
-    // SAFETY: the host's promise: this instance, once.
-    let Ok(instance) = (unsafe { instance::<P>(plugin) }) else { return };
-    // SAFETY: `into_raw` made it from a box, and the host does not use it again.
-    let instance = unsafe { Box::from_raw(ptr::from_ref(instance).cast_mut()) };
+    // SAFETY: null, or the host's promise.
+    if plugin.is_null() || unsafe { (*plugin).instance }.is_null() {
+        return;
+    }
+    // SAFETY: the host's promise: this instance, once; `into_raw` made its pointer from a box. It is taken as it was stored:
+    // one that came from a shared reference may not be freed.
+    let instance = unsafe { Box::from_raw((*plugin).instance.cast::<Instance<P>>()) };
     instance.destroy();
 }
 
