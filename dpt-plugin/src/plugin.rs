@@ -171,7 +171,7 @@ impl DptPlugin {
                 let tap = unet.config().tap(&self.adapter.sizes().tap)?;
                 let encoder = folder.join("text_encoder").is_dir();
                 let encoder = encoder.then(|| TextModel::load(folder, dtype, &self.device)).transpose()?;
-                (Source::Own(OwnUNet { unet, tap, tape: None }), encoder)
+                (Source::Own(Box::new(OwnUNet { unet, tap, tape: None })), encoder)
             }
         };
         Ok(Prepared { source, encoder, latent_channels: model.latent_channels })
@@ -210,7 +210,8 @@ impl DptPlugin {
         let strength = Strength::read(&self.params)?;
         report.outcome = strength.outcome(step);
         let corrected = report.outcome == Outcome::Corrected;
-        if !corrected && !(strength.monitor && step.sub_evaluation == 0) {
+        let monitored = strength.monitor && step.sub_evaluation == 0;
+        if !corrected && !monitored {
             return Ok(());
         }
         self.check_step(step, latents)?;
