@@ -159,6 +159,8 @@ impl Gradient for Lender {
     fn vjp(&self, cotangent: &View<'_>) -> Result<Vec<f32>> {
         let tape = self.tape.lock().unwrap().take().expect("features came before");
         let batch = cotangent.shape()[0];
+        // A host may scale the whole batch by its largest number.
+        assert!(cotangent.to_vec().iter().all(|v| v.is_finite()), "a cotangent that is not finite");
         let cotangent = Tensor::from_vec(cotangent.to_vec(), cotangent.shape(), &Device::Cpu).unwrap();
         let gradient = self.unet.vjp(tape, &cotangent).unwrap();
         let mut gradient = gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap();

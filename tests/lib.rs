@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Shape, Tensor};
 use diffusion::UNet;
 
 pub mod cc;
+pub mod cli;
 pub mod dpt;
 pub mod hosts;
 pub mod pickle;
@@ -72,20 +73,28 @@ pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
 /// one.
 pub fn plugin_library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
-        // target/<profile>/deps/<test>
-        let test = std::env::current_exe().expect("the running test has a path");
-        let folder = test.ancestors().nth(2).expect("a test lies in target/<profile>/deps").to_owned();
-        let mut build = Command::new(env!("CARGO"));
-        build
-            .args(["build", "--quiet", "--package", "dpt-plugin-cdylib", "--target-dir"])
-            .arg(folder.parent().unwrap());
-        if folder.ends_with("release") {
-            build.arg("--release");
-        }
-        let status = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
-        assert!(status.success(), "building the plugin library failed");
-        let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
-        folder.join(name)
-    })
+    let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    LIBRARY.get_or_init(|| build("dpt-plugin-cdylib").join(name))
+}
+
+/// The reference host's program, built likewise; the plugin library lies beside it.
+pub fn host_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    plugin_library();
+    PROGRAM.get_or_init(|| build("host-demo").join(format!("host-demo{}", std::env::consts::EXE_SUFFIX)))
+}
+
+/// Builds a package; the folder that holds the result.
+fn build(package: &str) -> PathBuf {
+    // target/<profile>/deps/<test>
+    let test = std::env::current_exe().expect("the running test has a path");
+    let folder = test.ancestors().nth(2).expect("a test lies in target/<profile>/deps").to_owned();
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--package", package, "--target-dir"]).arg(folder.parent().unwrap());
+    if folder.ends_with("release") {
+        build.arg("--release");
+    }
+    let status = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
+    assert!(status.success(), "building {package} failed");
+    folder
 }

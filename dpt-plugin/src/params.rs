@@ -90,7 +90,7 @@ impl Strength {
             Outcome::SkippedStrength
         } else if index < first || index as f64 >= self.end * step.count as f64 {
             Outcome::SkippedRange
-        } else if (index - first) % self.every != 0 {
+        } else if !(index - first).is_multiple_of(self.every) {
             Outcome::SkippedInterval
         } else {
             Outcome::Corrected

@@ -170,7 +170,7 @@ impl DptPlugin {
         let tap = unet.config().tap(tap)?;
         let encoder = folder.join("text_encoder").is_dir();
         let encoder = encoder.then(|| TextModel::load(folder, dtype, &self.device)).transpose()?;
-        Ok((Source::Own(OwnUNet { unet, tap, tape: None }), encoder))
+        Ok((Source::Own(Box::new(OwnUNet { unet, tap, tape: None })), encoder))
     }
 
     /// Tap and widths of adapter and U-Net.
@@ -206,7 +206,8 @@ impl DptPlugin {
         let strength = Strength::read(&self.params)?;
         report.outcome = strength.outcome(step);
         let corrected = report.outcome == Outcome::Corrected;
-        if !corrected && !(strength.monitor && step.sub_evaluation == 0) {
+        let monitored = strength.monitor && step.sub_evaluation == 0;
+        if !corrected && !monitored {
             return Ok(());
         }
         self.check_step(step, latents)?;

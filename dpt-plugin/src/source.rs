@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// A source of features, and what it keeps of the last evaluation for the gradient.
 pub(crate) enum Source {
     Host(HostGradient),
-    Own(OwnUNet),
+    Own(Box<OwnUNet>),
 }
 
 /// The plugin's own U-Net, loaded up to the tap.

@@ -4,8 +4,8 @@ use std::time::Instant;
 use candle_core::Tensor;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host_demo::{
-    Error, PluginChoice, Report, Request, Result, Session, Settings, default_model, default_plugin, latents_from_file,
-    peak_bytes, save_png, seeded_noise,
+    Error, PluginChoice, Report, Request, Result, Session, Settings, check_output, default_model, default_plugin,
+    latents_from_file, peak_bytes, save_png, seeded_noise, write_whole,
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -116,6 +116,9 @@ impl Generate {
     fn run(&self, bars: &MultiProgress) -> Result<()> {
         let shipped = self.model.is_none();
         let folder = self.model.clone().map_or_else(default_model, Ok)?;
+        if !folder.exists() {
+            return Err(Error::File { path: folder, message: "no such model; expected a folder".into() });
+        }
         let device = diffusion::device(&self.device)?;
         let dtype = diffusion::dtype(&self.dtype)?;
         let plugin = self.plugin_choice(&folder, shipped)?;
@@ -124,6 +127,8 @@ impl Generate {
             value.map(|value| session.set_param(name, value)).transpose()?;
         }
         let request = self.request(&session, shipped, &device)?;
+        let images = self.image_paths(request.start.dim(0)?);
+        images.iter().chain(&self.report).try_for_each(|path| check_output(path))?;
         let bar = bars.add(ProgressBar::new(self.steps as u64).with_style(bar_style()));
         let mut outcome = session.run(&request, &mut |_, record| {
             if let Some(score) = record.and_then(host_demo::StepRecord::mean_score) {
@@ -166,8 +171,9 @@ impl Generate {
         let (batch, _, h, w) = request.start.dims4()?;
         let library = plugin.as_ref().map(|choice| choice.library.display().to_string());
         let mut config = plugin.map(|choice| choice.config);
-        if let (Some(Value::Object(config)), Some(eta)) = (&mut config, self.eta) {
-            config.insert("eta".into(), json!(eta));
+        if let Some(Value::Object(config)) = &mut config {
+            config.extend(self.eta.map(|eta| ("eta".into(), json!(eta))));
+            config.extend(self.monitor.then(|| ("monitor".into(), json!(true))));
         }
         Ok(Settings {
             prompt: self.prompt.clone(),
@@ -190,17 +196,23 @@ impl Generate {
 
     /// One PNG per item, each with the settings that make it alone; returns their paths.
     fn save_images(&self, images: &Tensor, settings: &Settings) -> Result<Vec<String>> {
-        let batch = images.dim(0)?;
-        let mut files = Vec::new();
-        for item in 0..batch {
-            let path = if batch == 1 { self.out.clone() } else { numbered(&self.out, item) };
-            let settings = Settings { seed: self.seed.wrapping_add(item as u64), batch: 1, ..settings.clone() };
+        let paths = self.image_paths(images.dim(0)?);
+        for (item, path) in paths.iter().enumerate() {
+            let mut settings = settings.clone();
+            // An item of a file of latents cannot be drawn without the others.
+            if self.latents.is_none() {
+                settings = Settings { seed: self.seed.wrapping_add(item as u64), batch: 1, ..settings };
+            }
             let text = serde_json::to_string(&settings).expect("settings are plain data");
-            save_png(&path, &images.get(item)?, &[("prompt", self.prompt.clone()), ("host-demo", text)])?;
+            save_png(path, &images.get(item)?, &[("prompt", self.prompt.clone()), ("host-demo", text)])?;
             eprintln!("{}", path.display());
-            files.push(path.display().to_string());
         }
-        Ok(files)
+        Ok(paths.iter().map(|path| path.display().to_string()).collect())
+    }
+
+    /// Where the pictures of a batch go.
+    fn image_paths(&self, batch: usize) -> Vec<PathBuf> {
+        if batch == 1 { vec![self.out.clone()] } else { (0..batch).map(|item| numbered(&self.out, item)).collect() }
     }
 
     fn request(&self, session: &Session, shipped: bool, device: &candle_core::Device) -> Result<Request> {
@@ -288,7 +300,7 @@ fn bar_style() -> ProgressStyle {
 
 fn write_json(path: &Path, report: &Report) -> Result<()> {
     let text = serde_json::to_string_pretty(report).expect("a report is plain data");
-    std::fs::write(path, text + "\n").map_err(|e| Error::File { path: path.to_owned(), message: e.to_string() })
+    write_whole(path, (text + "\n").as_bytes())
 }
 
 fn read_config(text: &str) -> Result<Value> {

@@ -1,11 +1,10 @@
 //! Pictures as PNG files that carry the settings that made them.
 
-use std::fs::File;
-use std::io::BufWriter;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
 
+use crate::output::write_whole;
 use crate::{Error, Result};
 
 /// One decoded image `[3, H, W]` in [-1, 1] as rows of RGB bytes, with its width and height.
@@ -20,10 +19,9 @@ pub fn to_rgb(image: &Tensor) -> Result<(Vec<u8>, u32, u32)> {
 /// Writes a PNG with text entries; the file appears whole or not at all.
 pub fn save_png(path: &Path, image: &Tensor, texts: &[(&str, String)]) -> Result<()> {
     let (pixels, width, height) = to_rgb(image)?;
-    let partial = path.with_extension("png.partial");
-    let failed = |e: &dyn std::fmt::Display| Error::file(path, e);
-    let write = || -> std::result::Result<(), png::EncodingError> {
-        let mut encoder = png::Encoder::new(BufWriter::new(File::create(&partial)?), width, height);
+    let encode = || -> std::result::Result<Vec<u8>, png::EncodingError> {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, width, height);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
         for (key, text) in texts {
@@ -31,8 +29,8 @@ pub fn save_png(path: &Path, image: &Tensor, texts: &[(&str, String)]) -> Result
         }
         let mut writer = encoder.write_header()?;
         writer.write_image_data(&pixels)?;
-        writer.finish()
+        writer.finish()?;
+        Ok(bytes)
     };
-    write().map_err(|e| failed(&e))?;
-    std::fs::rename(&partial, path).map_err(|e| failed(&e))
+    write_whole(path, &encode().map_err(|e| Error::file(path, e))?)
 }
