@@ -1,6 +1,8 @@
 //! `host-demo`: the command line.
 
+mod choice;
 mod cli;
+mod generate;
 
 use std::process::ExitCode;
 

@@ -9,10 +9,17 @@ use rand_distr::{Distribution, StandardNormal};
 
 use crate::{Error, Result};
 
+/// More than any run could hold: 4 GiB of latents.
+const MOST_VALUES: usize = 1 << 30;
+
 /// Standard normal noise `[batch, channels, height, width]` in f32. Item i is drawn from `seed + i` alone, so it is the same
 /// in every batch and on every machine.
 pub fn seeded_noise(seed: u64, shape: [usize; 4], device: &Device) -> Result<Tensor> {
     let [batch, channels, height, width] = shape;
+    let count = shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
+    if count.is_none_or(|count| count > MOST_VALUES) {
+        return Err(Error::Request(format!("latents of shape {shape:?} are more than {MOST_VALUES} values")));
+    }
     let item = |i: usize| {
         let rng = ChaCha8Rng::seed_from_u64(seed.wrapping_add(i as u64));
         StandardNormal.sample_iter(rng).take(channels * height * width)
@@ -48,6 +55,8 @@ mod tests {
         let noise = |seed, batch| seeded_noise(seed, [batch, 4, 6, 5], &Device::Cpu).unwrap();
         let item = |t: &Tensor, i: usize| t.get(i).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert_eq!(item(&noise(7, 3), 2), item(&noise(9, 1), 0));
+        let message = seeded_noise(0, [1, 4, usize::MAX, 2], &Device::Cpu).unwrap_err().to_string();
+        assert!(message.contains("more than"), "{message}");
         assert_ne!(item(&noise(7, 2), 0), item(&noise(7, 2), 1));
         let values: Vec<f32> = noise(1, 100).flatten_all().unwrap().to_vec1().unwrap();
         let mean = values.iter().sum::<f32>() / values.len() as f32;

@@ -110,7 +110,7 @@ impl Session {
             }
         };
         let keys = host.unet().text(&context)?;
-        host.set_text(Some(keys.rows(keys.batch() - batch, batch)?));
+        let conditional_keys = keys.rows(keys.batch() - batch, batch)?;
         seconds.text = started.elapsed().as_secs_f64();
 
         if let Some(plugin) = plugin {
@@ -126,6 +126,7 @@ impl Session {
             let run = Run { batch, steps: request.steps, guidance_scale: request.guidance, text };
             plugin.begin(&run).map_err(Error::plugin("begin"))?;
         }
+        host.set_text(Some(conditional_keys));
         let sampled = steps(host, plugin.as_mut(), &scheduler, &keys, request, observe, &mut seconds);
         host.set_text(None);
         let ended = plugin.as_mut().map_or(Ok(()), |plugin| plugin.end().map_err(Error::plugin("end")));

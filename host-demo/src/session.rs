@@ -96,7 +96,7 @@ impl Session {
 
     /// Width and height in pixels that the model was trained at.
     pub fn native_size(&self) -> Option<(usize, usize)> {
-        let side = self.host.unet().config().sample_size? * self.latent_scale();
+        let side = self.host.unet().config().sample_size?.saturating_mul(self.latent_scale());
         Some((side, side))
     }
 

@@ -1,0 +1,62 @@
+//! Which plugin is loaded, with which configuration.
+
+use std::path::Path;
+
+use host_api::host::Library;
+use host_demo::{Error, PluginChoice, Result, default_plugin};
+use serde_json::{Value, json};
+
+use crate::generate::{Generate, GradientSource};
+
+/// The plugin of this repository; what is filled in below are keys of its configuration.
+const DPT: &str = "dpt";
+
+impl Generate {
+    /// The plugin and its configuration: the one given, with the shipped adapter where the shipped model is used and no
+    /// adapter is named. There is no default for other models: an adapter belongs to the model it was trained on.
+    pub(crate) fn plugin_choice(&self, model: &Path, shipped: bool) -> Result<Option<PluginChoice>> {
+        if self.no_plugin {
+            return Ok(None);
+        }
+        let library = self.plugin.clone().map_or_else(default_plugin, Ok)?;
+        let mut config = self.config.as_deref().map_or_else(|| Ok(json!({})), read_config)?;
+        let Value::Object(keys) = &mut config else {
+            return Err(Error::Request(format!("--config: expected a JSON object, found {config}")));
+        };
+        let plugins = Library::open(&library)
+            .map_err(|source| Error::Plugin { call: format!("load {}", library.display()), source })?;
+        let is_dpt = plugins.descriptors().first().is_some_and(|plugin| plugin.id == DPT);
+        if is_dpt && !keys.contains_key("adapter") {
+            if !shipped {
+                return Err(Error::Request(format!(
+                    "no adapter for {}: give --config '{{\"adapter\": \"FILE\"}}', or use --no-plugin",
+                    model.display()
+                )));
+            }
+            keys.insert("adapter".into(), json!(model.join("adapter_stage1.safetensors")));
+        }
+        match self.gradient {
+            None => {}
+            Some(_) if !is_dpt => {
+                return Err(Error::Request("--gradient is for the DPT plugin; configure others with --config".into()));
+            }
+            Some(GradientSource::Host) => {
+                keys.insert("gradient".into(), json!("host"));
+            }
+            Some(GradientSource::Plugin) => {
+                keys.insert("gradient".into(), json!("plugin"));
+                keys.entry("base_model").or_insert_with(|| json!(model));
+            }
+        }
+        Ok(Some(PluginChoice { library, config }))
+    }
+}
+
+fn read_config(text: &str) -> Result<Value> {
+    if text.trim_start().starts_with('{') {
+        return serde_json::from_str(text).map_err(|e| Error::Request(format!("--config: {e}")));
+    }
+    let failed = |message: String| Error::File { path: text.into(), message };
+    let content = std::fs::read_to_string(text).map_err(|e| failed(e.to_string()))?;
+    serde_json::from_str(&content).map_err(|e| failed(e.to_string()))
+}
