@@ -76,6 +76,19 @@ fn files_of_weights() {
     let unet = base_model().join("unet/diffusion_pytorch_model.safetensors");
     adapter_is(unet, InvalidData, &["no `query_embed.weight`", "not a DPT adapter"]);
 
+    // One number that is not finite would spoil every picture.
+    for name in
+        ["map_to_clip.0.bias", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight"]
+    {
+        let mut tensors = candle_core::safetensors::load(adapter(), &candle_core::Device::Cpu).unwrap();
+        let nan = (&tensors[name] * f64::NAN).unwrap();
+        tensors.insert(name.into(), nan);
+        let path = folder.join("nan.safetensors");
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        let spoilt = create(plain(), &host_config(json!({"adapter": path})));
+        refused(spoilt, InvalidData, &["nan.safetensors", name, "NaN or infinity"]);
+    }
+
     let adapter_with = |more: Value, words: &[&str]| refused(create(plain(), &host_config(more)), InvalidData, words);
     adapter_with(json!({"tap": null}), &["release_mid", "`tap`"]);
     adapter_with(json!({"heads": null}), &["width 32", "12 queries", "`heads`"]);
@@ -106,6 +119,8 @@ fn models() {
         let nonsense = Model { unet_config: Some("{}"), ..tiny };
         refused(prepare(&settings, nonsense), Unsupported, &["the model's U-Net"]);
     }
+    let cuda = create(lender(), &host_config(json!({}))).unwrap().prepare(&tiny, Device::Cuda(0));
+    refused(cuda, Unsupported, &["Cuda(0)", "main memory"]);
     let no_gradient = create(plain(), &host_config(json!({}))).unwrap().prepare(&tiny, Device::Cpu);
     refused(no_gradient, Unsupported, &["plain", "sampler-hook.gradient/1", "`base_model`"]);
 }
@@ -206,10 +221,21 @@ fn latents_and_steps() {
     check(&step(0), &[4, 256], ShapeMismatch, &["[4, 256]", "[1, 4, h, w]"]);
     let counted = host_api::Step { count: 9, ..step(0) };
     check(&counted, &[1, 4, 16, 16], InvalidArgument, &["9", "4 steps"]);
-    let beyond = host_api::Step { alpha_bar: 0., ..step(0) };
+    let beyond = host_api::Step { alpha_bar: 1.5, ..step(0) };
     check(&beyond, &[1, 4, 16, 16], InvalidArgument, &["alpha_bar"]);
+    let no_sigma = host_api::Step { alpha_bar: 0., space: host_api::Space::Ve, ..step(0) };
+    check(&no_sigma, &[1, 4, 16, 16], InvalidArgument, &["alpha_bar", "(0, 1]"]);
     let extra = host_api::Step { extra_inputs: true, ..step(0) };
     check(&extra, &[1, 4, 16, 16], Unsupported, &["own U-Net", "`ignore_extra_inputs`"]);
+
+    // Nothing of this spoils the instance, neither do latents without rows; and a schedule may start at pure noise.
+    let mut nothing: [f32; 0] = [];
+    let mut empty = host_api::ViewMut::new(&mut nothing, &[1, 4, 0, 16]).unwrap();
+    refused(instance.step_in_place(&step(0), &mut empty), ShapeMismatch, &["[1, 4, 0, 16]", "at least 1"]);
+    let pure_noise = host_api::Step { alpha_bar: 0., ..step(0) };
+    let mut numbers = start.clone();
+    dpt::correct(&mut instance, &pure_noise, &mut numbers).unwrap();
+    assert_ne!(float_bits(&numbers), float_bits(&start));
 
     // Told to, or where it sees them, the plugin corrects all the same.
     let told = own_config(json!({"ignore_extra_inputs": true}));

@@ -248,6 +248,7 @@ mod tests {
             (r#"{"num_train_timesteps": 0, "beta_schedule": "squaredcos_cap_v2"}"#, "num_train_timesteps is 0"),
             (r#"{"num_train_timesteps": 99999999999, "beta_schedule": "squaredcos_cap_v2"}"#, "is 99999999999"),
             (r#"{"num_train_timesteps": 3, "trained_betas": [0.1, 0.2]}"#, "2 trained_betas for 3"),
+            (&format!(r#"{{{SD}, "steps_offset": 18446744073709551615}}"#), "steps_offset is 18446744073709551615"),
             (r#"{"num_train_timesteps": 2, "trained_betas": [0.1, 1.5]}"#, "hold 1.5"),
             (r#"{"num_train_timesteps": 2, "beta_schedule": "linear", "beta_start": -1, "beta_end": 0.1}"#, "from -1"),
             (&format!(r#"{{{SD}, "clip_sample": true, "clip_sample_range": 0}}"#), "clip_sample_range is 0"),
