@@ -74,27 +74,30 @@ pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
 pub fn plugin_library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
-    LIBRARY.get_or_init(|| build("dpt-plugin-cdylib").join(name))
+    LIBRARY.get_or_init(|| build().join(name))
 }
 
 /// The reference host's program, built likewise; the plugin library lies beside it.
 pub fn host_program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    plugin_library();
-    PROGRAM.get_or_init(|| build("host-demo").join(format!("host-demo{}", std::env::consts::EXE_SUFFIX)))
+    PROGRAM.get_or_init(|| build().join(format!("host-demo{}", std::env::consts::EXE_SUFFIX)))
 }
 
-/// Builds a package; the folder that holds the result.
-fn build(package: &str) -> PathBuf {
-    // target/<profile>/deps/<test>
-    let test = std::env::current_exe().expect("the running test has a path");
-    let folder = test.ancestors().nth(2).expect("a test lies in target/<profile>/deps").to_owned();
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--package", package, "--target-dir"]).arg(folder.parent().unwrap());
-    if folder.ends_with("release") {
-        build.arg("--release");
-    }
-    let status = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
-    assert!(status.success(), "building {package} failed");
-    folder
+/// Builds the workspace; the folder that holds the results. The whole workspace, because a single package would ask other
+/// features of the dependencies than the tests do, and build them all again.
+fn build() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        // target/<profile>/deps/<test>
+        let test = std::env::current_exe().expect("the running test has a path");
+        let folder = test.ancestors().nth(2).expect("a test lies in target/<profile>/deps").to_owned();
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--workspace", "--target-dir"]).arg(folder.parent().unwrap());
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        let status = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
+        assert!(status.success(), "building the workspace failed");
+        folder
+    })
 }
