@@ -6,8 +6,8 @@ use std::time::Instant;
 use candle_core::Tensor;
 use clap::{Args, ValueEnum};
 use host_demo::{
-    Error, PluginChoice, Report, Request, Result, Session, Settings, check_output, default_model, latents_from_file,
-    peak_bytes, save_png, seeded_noise, write_whole,
+    Error, PluginChoice, Report, Request, Result, Rgb, Session, Settings, check_output, default_model,
+    latents_from_file, peak_bytes, seeded_noise, write_whole,
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -179,7 +179,8 @@ impl Generate {
                 settings = Settings { seed: self.seed.wrapping_add(item as u64), batch: 1, ..settings };
             }
             let text = serde_json::to_string(&settings).expect("settings are plain data");
-            save_png(path, &images.get(item)?, &[("prompt", self.prompt.clone()), ("host-demo", text)])?;
+            Rgb::from_tensor(&images.get(item)?)?
+                .save_png(path, &[("prompt", self.prompt.clone()), ("host-demo", text)])?;
             eprintln!("{}", path.display());
         }
         Ok(paths.iter().map(|path| path.display().to_string()).collect())

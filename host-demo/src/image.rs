@@ -1,4 +1,4 @@
-//! Pictures as PNG files that carry the settings that made them.
+//! Pictures: rows of RGB bytes, and PNG files that carry the settings that made them.
 
 use std::path::Path;
 
@@ -7,35 +7,81 @@ use candle_core::{DType, Tensor};
 use crate::output::write_whole;
 use crate::{Error, Result};
 
-/// One decoded image `[3, H, W]` in [-1, 1] as rows of RGB bytes, with its width and height.
-pub fn to_rgb(image: &Tensor) -> Result<(Vec<u8>, u32, u32)> {
-    let (_, height, width) = image.dims3()?;
-    // Rounded as diffusers does: (x / 2 + 0.5) in [0, 1], times 255.
-    let bytes = ((image.to_dtype(DType::F32)?.affine(0.5, 0.5)?.clamp(0f32, 1f32)? * 255.)?).round()?;
-    let rows = bytes.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
-    if rows.iter().any(|value| value.is_nan()) {
-        return Err(Error::Request("the decoded image holds NaN: the run's numbers went out of range".into()));
-    }
-    Ok((rows.into_iter().map(|v| v as u8).collect(), width as u32, height as u32))
+/// A picture in 8-bit RGB.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rgb {
+    /// Pixels in a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// Row by row, three bytes a pixel.
+    pub pixels: Vec<u8>,
 }
 
-/// Writes a PNG with text entries; the file appears whole or not at all.
-pub fn save_png(path: &Path, image: &Tensor, texts: &[(&str, String)]) -> Result<()> {
-    let (pixels, width, height) = to_rgb(image)?;
-    let encode = || -> std::result::Result<Vec<u8>, png::EncodingError> {
-        let mut bytes = Vec::new();
-        let mut encoder = png::Encoder::new(&mut bytes, width, height);
-        encoder.set_color(png::ColorType::Rgb);
-        encoder.set_depth(png::BitDepth::Eight);
-        for (key, text) in texts {
-            encoder.add_itxt_chunk((*key).to_owned(), text.clone())?;
+impl Rgb {
+    /// More than any picture here takes: 1 GiB.
+    const MOST_BYTES: u64 = 1 << 30;
+
+    /// A picture of one colour. Fails when it would be larger than memory should be asked for.
+    pub fn filled(width: u32, height: u32, colour: [u8; 3]) -> Result<Self> {
+        let bytes = (u64::from(width) * u64::from(height)).saturating_mul(3);
+        if bytes > Self::MOST_BYTES {
+            return Err(Error::Request(format!("a picture of {width}x{height} pixels is too large")));
         }
-        let mut writer = encoder.write_header()?;
-        writer.write_image_data(&pixels)?;
-        writer.finish()?;
-        Ok(bytes)
-    };
-    write_whole(path, &encode().map_err(|e| Error::file(path, e))?)
+        Ok(Self { width, height, pixels: colour.repeat(bytes as usize / 3) })
+    }
+
+    /// One decoded image `[3, H, W]` in [-1, 1]; NaN is refused.
+    pub fn from_tensor(image: &Tensor) -> Result<Self> {
+        let (_, height, width) = image.dims3()?;
+        // Rounded as diffusers does: (x / 2 + 0.5) in [0, 1], times 255.
+        let bytes = ((image.to_dtype(DType::F32)?.affine(0.5, 0.5)?.clamp(0f32, 1f32)? * 255.)?).round()?;
+        let rows = bytes.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
+        if rows.iter().any(|value| value.is_nan()) {
+            return Err(Error::Request("the decoded image holds NaN: the run's numbers went out of range".into()));
+        }
+        let pixels = rows.into_iter().map(|v| v as u8).collect();
+        Ok(Self { width: width as u32, height: height as u32, pixels })
+    }
+
+    /// The pixel in column `x` of row `y`. Panics outside.
+    pub fn at(&self, x: u32, y: u32) -> [u8; 3] {
+        let start = self.start(x, y);
+        [self.pixels[start], self.pixels[start + 1], self.pixels[start + 2]]
+    }
+
+    fn start(&self, x: u32, y: u32) -> usize {
+        3 * (y as usize * self.width as usize + x as usize)
+    }
+
+    /// Draws `picture`, each of its pixels as a square of side `scale`, with its corner at `(left, top)`. Panics outside.
+    pub(crate) fn paste(&mut self, picture: &Self, (left, top): (u32, u32), scale: u32) {
+        for y in 0..picture.height * scale {
+            let mut target = self.start(left, top + y);
+            for x in 0..picture.width * scale {
+                self.pixels[target..target + 3].copy_from_slice(&picture.at(x / scale, y / scale));
+                target += 3;
+            }
+        }
+    }
+
+    /// Writes a PNG with text entries; the file appears whole or not at all.
+    pub fn save_png(&self, path: &Path, texts: &[(&str, String)]) -> Result<()> {
+        let encode = || -> std::result::Result<Vec<u8>, png::EncodingError> {
+            let mut bytes = Vec::new();
+            let mut encoder = png::Encoder::new(&mut bytes, self.width, self.height);
+            encoder.set_color(png::ColorType::Rgb);
+            encoder.set_depth(png::BitDepth::Eight);
+            for (key, text) in texts {
+                encoder.add_itxt_chunk((*key).to_owned(), text.clone())?;
+            }
+            let mut writer = encoder.write_header()?;
+            writer.write_image_data(&self.pixels)?;
+            writer.finish()?;
+            Ok(bytes)
+        };
+        write_whole(path, &encode().map_err(|e| Error::file(path, e))?)
+    }
 }
 
 #[cfg(test)]
@@ -48,8 +94,14 @@ mod tests {
     fn values_are_rounded_and_clamped_and_nan_is_refused() {
         let image = |values: [f32; 6]| Tensor::from_slice(&values, (3, 1, 2), &Device::Cpu).unwrap();
         // Channels first in, pixels first out.
-        let (bytes, width, height) = to_rgb(&image([-1., 1., 0., -7., 7., 0.5])).unwrap();
-        assert_eq!((bytes, width, height), (vec![0, 128, 255, 255, 0, 191], 2, 1));
-        assert!(to_rgb(&image([0., f32::NAN, 0., 0., 0., 0.])).unwrap_err().to_string().contains("NaN"));
+        let picture = Rgb::from_tensor(&image([-1., 1., 0., -7., 7., 0.5])).unwrap();
+        assert_eq!(picture, Rgb { width: 2, height: 1, pixels: vec![0, 128, 255, 255, 0, 191] });
+        let message = Rgb::from_tensor(&image([0., f32::NAN, 0., 0., 0., 0.])).unwrap_err().to_string();
+        assert!(message.contains("NaN"), "{message}");
+    }
+
+    #[test]
+    fn a_picture_too_large_for_memory_is_refused() {
+        assert!(Rgb::filled(u32::MAX, u32::MAX, [0; 3]).unwrap_err().to_string().contains("too large"));
     }
 }

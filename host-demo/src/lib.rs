@@ -5,6 +5,7 @@
 
 mod defaults;
 mod error;
+mod figure;
 mod host;
 mod image;
 mod memory;
@@ -16,7 +17,8 @@ mod session;
 
 pub use defaults::{default_model, default_plugin};
 pub use error::{Error, Result};
-pub use image::{save_png, to_rgb};
+pub use figure::{Curve, Figure, Row};
+pub use image::Rgb;
 pub use memory::peak_bytes;
 pub use noise::{latents_from_file, seeded_noise};
 pub use output::{check_output, write_whole};
