@@ -6,18 +6,15 @@ use host_api::host::Library;
 use host_demo::{Error, PluginChoice, Result, default_plugin};
 use serde_json::{Value, json};
 
-use crate::generate::{Generate, GradientSource};
+use crate::options::{GradientSource, ModelOptions};
 
 /// The plugin of this repository; what is filled in below are keys of its configuration.
 const DPT: &str = "dpt";
 
-impl Generate {
+impl ModelOptions {
     /// The plugin and its configuration: the one given, with the shipped adapter where the shipped model is used and no
     /// adapter is named. There is no default for other models: an adapter belongs to the model it was trained on.
-    pub(crate) fn plugin_choice(&self, model: &Path, shipped: bool) -> Result<Option<PluginChoice>> {
-        if self.no_plugin {
-            return Ok(None);
-        }
+    pub(crate) fn plugin_choice(&self, model: &Path, shipped: bool) -> Result<PluginChoice> {
         let library = self.plugin.clone().map_or_else(default_plugin, Ok)?;
         let mut config = self.config.as_deref().map_or_else(|| Ok(json!({})), read_config)?;
         let Value::Object(keys) = &mut config else {
@@ -48,7 +45,7 @@ impl Generate {
                 keys.entry("base_model").or_insert_with(|| json!(model));
             }
         }
-        Ok(Some(PluginChoice { library, config }))
+        Ok(PluginChoice { library, config })
     }
 }
 

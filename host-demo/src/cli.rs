@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 use host_demo::Result;
 use indicatif::MultiProgress;
 
+use crate::compare::Compare;
 use crate::generate::Generate;
 
 /// Generates images with Stable Diffusion through a sampler-hook plugin.
@@ -18,6 +19,8 @@ pub struct Cli {
 enum Command {
     /// Draw a picture from a prompt, corrected at every step by the plugin.
     Generate(Generate),
+    /// Draw the same seeds without the plugin, with its LoRA, and corrected at several strengths, side by side.
+    Compare(Compare),
 }
 
 /// Runs the command.
@@ -30,5 +33,6 @@ pub fn run(cli: Cli) -> Result<()> {
     }
     match cli.command {
         Command::Generate(generate) => generate.run(&bars),
+        Command::Compare(compare) => compare.run(&bars),
     }
 }

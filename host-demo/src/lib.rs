@@ -3,6 +3,7 @@
 //! [`Session`] holds a model and, when asked for, a plugin; [`Session::run`] samples one batch: the plugin's LoRA is merged
 //! when the run begins and taken out at its end, and before every noise prediction the plugin corrects the latents.
 
+mod conditioning;
 mod defaults;
 mod error;
 mod figure;
@@ -12,6 +13,7 @@ mod memory;
 mod noise;
 mod output;
 mod report;
+mod request;
 mod run;
 mod session;
 
@@ -23,5 +25,6 @@ pub use memory::peak_bytes;
 pub use noise::{latents_from_file, seeded_noise};
 pub use output::{check_output, write_whole};
 pub use report::{ItemRecord, Report, Seconds, Settings, StepRecord};
-pub use run::{Request, RunOutcome};
+pub use request::{Mode, PromptSwitch, Request, StartImage};
+pub use run::RunOutcome;
 pub use session::{PluginChoice, Session};

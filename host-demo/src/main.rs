@@ -2,7 +2,9 @@
 
 mod choice;
 mod cli;
+mod compare;
 mod generate;
+mod options;
 
 use std::process::ExitCode;
 

@@ -14,6 +14,7 @@ pub struct Settings {
     /// The plugin's configuration.
     pub config: Option<serde_json::Value>,
     pub scheduler: &'static str,
+    pub mode: &'static str,
     pub steps: usize,
     pub guidance: f64,
     pub seed: u64,
@@ -21,6 +22,10 @@ pub struct Settings {
     pub width: usize,
     pub height: usize,
     pub latents: Option<String>,
+    pub image: Option<String>,
+    pub strength: Option<f64>,
+    /// Prompts from a share of the schedule on.
+    pub prompt_at: Vec<(f64, String)>,
     pub device: String,
     pub dtype: String,
 }
@@ -30,7 +35,7 @@ pub struct Settings {
 pub struct Report {
     /// What was asked for.
     pub settings: Settings,
-    /// One entry per step; empty without a plugin.
+    /// One entry per evaluation of the U-Net; empty without a plugin.
     pub steps: Vec<StepRecord>,
     /// LoRA entries that were merged for the run.
     pub lora_entries: usize,
@@ -61,11 +66,13 @@ pub struct Seconds {
     pub decode: f64,
 }
 
-/// What the plugin did in one step.
+/// What the plugin did before one evaluation of the U-Net.
 #[derive(Debug, Clone, Serialize)]
 pub struct StepRecord {
-    /// Counted from 0.
+    /// Counted from the schedule's beginning.
     pub index: usize,
+    /// 0 for the step's first evaluation of the U-Net.
+    pub sub_evaluation: usize,
     /// Training timestep.
     pub timestep: f64,
     /// Cumulative alpha at it.
@@ -95,6 +102,7 @@ impl StepRecord {
     pub(crate) fn new(step: &host_api::Step, report: &host_api::Report) -> Self {
         Self {
             index: step.index,
+            sub_evaluation: step.sub_evaluation,
             timestep: step.timestep,
             alpha_bar: step.alpha_bar,
             outcome: outcome_name(report.outcome),

@@ -3,50 +3,37 @@
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
-use diffusion::scheduler::Ddim;
-use diffusion::{LoraEntry, TextKeys};
+use diffusion::LoraEntry;
+use diffusion::scheduler::{Evaluation, Sampler, Space};
 use host_api::host::Instance;
-use host_api::{Run, Space, Step, Text, View, ViewMut};
+use host_api::{Run, Step, View, ViewMut};
 
-use crate::{Error, Result, Seconds, Session, StepRecord};
-
-/// What to sample.
-#[derive(Debug, Clone)]
-pub struct Request {
-    /// One prompt per item of the batch.
-    pub prompts: Vec<String>,
-    /// What guidance leads away from; usually empty.
-    pub negative: String,
-    /// DDIM steps.
-    pub steps: usize,
-    /// Classifier-free guidance; 1 leaves the unconditional half out.
-    pub guidance: f64,
-    /// Noise at the first timestep, `[batch, channels, h, w]`.
-    pub start: Tensor,
-}
+use crate::conditioning::{Conditioning, Phase};
+use crate::host::DemoHost;
+use crate::{Error, Mode, Request, Result, Seconds, Session, StepRecord};
 
 /// What a run gave.
 pub struct RunOutcome {
     /// Latents after the last step, `[batch, channels, h, w]`.
     pub latents: Tensor,
-    /// What the plugin did, one entry per step.
+    /// What the plugin did, one entry per evaluation of the U-Net.
     pub steps: Vec<StepRecord>,
-    /// LoRA entries that were merged for the run.
+    /// LoRA entries of the plugin that were merged for the run.
     pub lora_entries: usize,
     /// Where the time went.
     pub seconds: Seconds,
 }
 
 impl Session {
-    /// Samples. `observe` is called after every step with the step's latents and what the plugin did. The U-Net's weights
-    /// are, bit for bit, what they were before, also when the run fails.
+    /// Samples. `observe` is called after every evaluation with the latents that came of it, in the sampler's space, and what
+    /// the plugin did. The U-Net's weights are, bit for bit, what they were before, also when the run fails.
     pub fn run(
         &mut self,
         request: &Request,
         observe: &mut dyn FnMut(&Tensor, Option<&StepRecord>),
     ) -> Result<RunOutcome> {
         let started = Instant::now();
-        let lora_entries = self.merge_lora()?;
+        let lora_entries = if request.plugin_lora { self.merge_plugin_lora()? } else { 0 };
         let lora = started.elapsed().as_secs_f64();
         let result = self.sample(request, observe);
         let restoring = Instant::now();
@@ -65,8 +52,21 @@ impl Session {
         Ok(self.vae.decode(&(latents / self.vae.config().scaling_factor)?)?)
     }
 
+    /// Images `[batch, 3, H, W]` in [-1, 1] to latents as the U-Net takes them: the mean of the VAE's distribution, whose
+    /// spread is far below the noise that follows.
+    pub fn encode(&self, images: &Tensor) -> Result<Tensor> {
+        Ok((self.vae.encode(images)?.mean.to_dtype(DType::F32)? * self.vae.config().scaling_factor)?)
+    }
+
+    /// How many low-rank entries the plugin brings.
+    pub fn plugin_lora_count(&self) -> Result<usize> {
+        let Some(plugin) = &self.plugin else { return Ok(0) };
+        let lora = plugin.lora().map_err(Error::plugin("LoRA"))?;
+        Ok(lora.map_or(0, |lora| lora.count() as usize))
+    }
+
     /// Merges the plugin's low-rank weights into the U-Net; returns how many there are.
-    fn merge_lora(&mut self) -> Result<usize> {
+    fn merge_plugin_lora(&mut self) -> Result<usize> {
         let Some(plugin) = &self.plugin else { return Ok(0) };
         let Some(lora) = plugin.lora().map_err(Error::plugin("LoRA"))? else { return Ok(0) };
         let entries = lora.entries().map_err(Error::plugin("LoRA"))?;
@@ -92,42 +92,22 @@ impl Session {
         observe: &mut dyn FnMut(&Tensor, Option<&StepRecord>),
     ) -> Result<RunOutcome> {
         let mut seconds = Seconds::default();
-        let batch = request.start.dim(0)?;
-        if request.prompts.len() != batch {
-            return Err(Error::Request(format!("{} prompts for a batch of {batch}", request.prompts.len())));
-        }
-        let scheduler = Ddim::new(&self.scheduler, request.steps)?;
+        let batch = request.batch()?;
+        let sampler = request.scheduler.plan(&self.scheduler, request.steps, request.first_step()?)?;
         let Self { text, host, plugin, .. } = self;
 
         let started = Instant::now();
-        let prompts: Vec<&str> = request.prompts.iter().map(String::as_str).collect();
-        let conditional = text.encode(&prompts)?;
-        let guided = request.guidance != 1.;
-        let context = match guided {
-            false => conditional.hidden.clone(),
-            true => {
-                Tensor::cat(&[text.encode(&vec![&*request.negative; batch])?.hidden, conditional.hidden.clone()], 0)?
-            }
-        };
-        let keys = host.unet().text(&context)?;
-        let conditional_keys = keys.rows(keys.batch() - batch, batch)?;
+        let conditioning = Conditioning::new(request, text, &host.unet())?;
         seconds.text = started.elapsed().as_secs_f64();
 
         if let Some(plugin) = plugin {
-            let flat = |t: &Tensor| -> Result<Vec<f32>> { Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?) };
-            let (context, pooled) = (flat(&conditional.hidden)?, flat(&conditional.pooled)?);
-            let view = |values, shape| View::new(values, shape).map_err(Error::plugin("text"));
-            let text = Text {
-                context: Some(view(&context, conditional.hidden.dims())?),
-                pooled: Some(view(&pooled, conditional.pooled.dims())?),
-                end_of_text: None,
-                prompts: Some(&request.prompts),
-            };
+            let text = conditioning.first().text()?;
             let run = Run { batch, steps: request.steps, guidance_scale: request.guidance, text };
             plugin.begin(&run).map_err(Error::plugin("begin"))?;
         }
-        host.set_text(Some(conditional_keys));
-        let sampled = steps(host, plugin.as_mut(), &scheduler, &keys, request, observe, &mut seconds);
+        let mut sampling = Sampling { host, plugin: plugin.as_mut(), sampler, conditioning, request, seconds };
+        let sampled = sampling.run(observe);
+        let seconds = sampling.seconds;
         host.set_text(None);
         let ended = plugin.as_mut().map_or(Ok(()), |plugin| plugin.end().map_err(Error::plugin("end")));
         let (latents, records) = sampled?;
@@ -136,72 +116,98 @@ impl Session {
     }
 }
 
-/// Corrects, predicts and steps, once per timestep.
-fn steps(
-    host: &crate::host::DemoHost,
-    mut plugin: Option<&mut Instance>,
-    scheduler: &Ddim,
-    keys: &TextKeys,
-    request: &Request,
-    observe: &mut dyn FnMut(&Tensor, Option<&StepRecord>),
-    seconds: &mut Seconds,
-) -> Result<(Tensor, Vec<StepRecord>)> {
-    let mut latents = (request.start.to_dtype(DType::F32)? * scheduler.init_noise_sigma())?;
-    let mut records = Vec::new();
-    for (index, &timestep) in scheduler.timesteps().iter().enumerate() {
-        let mut record = None;
-        if let Some(plugin) = plugin.as_deref_mut() {
+/// A run in progress.
+struct Sampling<'a> {
+    host: &'a DemoHost,
+    plugin: Option<&'a mut Instance>,
+    sampler: Box<dyn Sampler>,
+    conditioning: Conditioning,
+    request: &'a Request,
+    seconds: Seconds,
+}
+
+impl Sampling<'_> {
+    /// Corrects, predicts and steps, once per evaluation.
+    fn run(&mut self, observe: &mut dyn FnMut(&Tensor, Option<&StepRecord>)) -> Result<(Tensor, Vec<StepRecord>)> {
+        let mut latents = self.start()?;
+        let mut records = Vec::new();
+        for i in 0..self.sampler.evaluations().len() {
+            let at = self.sampler.evaluations()[i];
+            self.host.set_text(Some(self.conditioning.at(at.step).conditional.clone()));
             let started = Instant::now();
-            let step = Step {
-                index,
-                count: request.steps,
-                sub_evaluation: 0,
-                timestep,
-                alpha_bar: scheduler.alpha_bar(index),
-                space: Space::Vp,
-                extra_inputs: false,
-                text: None,
+            let (corrected, record) = match self.plugin {
+                Some(_) => self.correct(&at, &latents).map(|(corrected, record)| (corrected, Some(record)))?,
+                None => (latents.clone(), None),
             };
-            let (corrected, done) = correct(plugin, &step, &latents)?;
-            latents = corrected;
-            record = Some(done);
-            seconds.correction += started.elapsed().as_secs_f64();
+            self.seconds.correction += started.elapsed().as_secs_f64();
+
+            let started = Instant::now();
+            // Without guidance there is no unconditional half, and the first is not looked at.
+            let (unconditional, from) = match self.request.mode {
+                Mode::Paper => (&corrected, &corrected),
+                Mode::ConditionOnly => (&latents, &latents),
+            };
+            let noise = self.predict(i, unconditional, &corrected)?;
+            self.seconds.unet += started.elapsed().as_secs_f64();
+            latents = self.sampler.step(i, &noise, from)?;
+            observe(&latents, record.as_ref());
+            records.extend(record);
         }
-        let started = Instant::now();
-        let noise = predict(host, &latents, timestep, keys, request.guidance)?;
-        seconds.unet += started.elapsed().as_secs_f64();
-        latents = scheduler.step(index, &noise, &latents)?;
-        observe(&latents, record.as_ref());
-        records.extend(record);
+        Ok((latents, records))
     }
-    Ok((latents, records))
-}
 
-fn correct(plugin: &mut Instance, step: &Step, latents: &Tensor) -> Result<(Tensor, StepRecord)> {
-    let mut values = latents.flatten_all()?.to_vec1::<f32>()?;
-    let mut view = ViewMut::new(&mut values, latents.dims()).map_err(Error::plugin("latents"))?;
-    let report = plugin.step_in_place(step, &mut view).map_err(Error::plugin(format_args!("step {}", step.index)))?;
-    for (item, report) in report.items.iter().enumerate().filter(|(_, item)| item.status != host_api::Status::Ok) {
-        log::warn!("step {}, item {item}: not corrected ({:?})", step.index, report.status);
+    /// Latents of the first evaluation, in the sampler's space.
+    fn start(&self) -> Result<Tensor> {
+        let noise = self.request.noise.to_dtype(DType::F32)?;
+        match &self.request.image {
+            None => Ok((noise * self.sampler.init_noise_sigma())?),
+            Some(image) => Ok(self.sampler.add_noise(&image.latents.to_dtype(DType::F32)?, &noise)?),
+        }
     }
-    Ok((Tensor::from_vec(values, latents.shape(), latents.device())?, StepRecord::new(step, &report)))
-}
 
-/// The noise (or v) with classifier-free guidance; both halves in one batch, the unconditional one first.
-fn predict(
-    host: &crate::host::DemoHost,
-    latents: &Tensor,
-    timestep: f64,
-    keys: &TextKeys,
-    guidance: f64,
-) -> Result<Tensor> {
-    let unet = host.unet();
-    let batch = latents.dim(0)?;
-    if guidance == 1. {
-        return Ok(unet.forward(latents, &vec![timestep; batch], keys)?.to_dtype(DType::F32)?);
+    /// The latents as the plugin corrects them, and what it did.
+    fn correct(&mut self, at: &Evaluation, latents: &Tensor) -> Result<(Tensor, StepRecord)> {
+        let plugin = self.plugin.as_deref_mut().expect("called with a plugin");
+        let phase = self.conditioning.at(at.step);
+        let switched = !std::ptr::eq(phase, self.conditioning.first());
+        let step = Step {
+            index: at.step,
+            count: self.request.steps,
+            sub_evaluation: at.sub_evaluation,
+            timestep: at.timestep,
+            alpha_bar: at.alpha_bar,
+            space: match self.sampler.space() {
+                Space::VariancePreserving => host_api::Space::Vp,
+                Space::Sigma => host_api::Space::Ve,
+            },
+            extra_inputs: false,
+            text: switched.then(|| phase.text()).transpose()?,
+        };
+        let input = latents.flatten_all()?.to_vec1::<f32>()?;
+        let mut output = input.clone();
+        let input = View::new(&input, latents.dims()).map_err(Error::plugin("latents"))?;
+        let mut view = ViewMut::new(&mut output, latents.dims()).map_err(Error::plugin("latents"))?;
+        let report =
+            plugin.step(&step, &input, &mut view).map_err(Error::plugin(format_args!("step {}", step.index)))?;
+        for (item, record) in report.items.iter().enumerate().filter(|(_, item)| item.status != host_api::Status::Ok) {
+            log::warn!("step {}, item {item}: not corrected ({:?})", step.index, record.status);
+        }
+        Ok((Tensor::from_vec(output, latents.shape(), latents.device())?, StepRecord::new(&step, &report)))
     }
-    let both = unet.forward(&Tensor::cat(&[latents, latents], 0)?, &vec![timestep; 2 * batch], keys)?;
-    let both = both.to_dtype(DType::F32)?;
-    let (unconditional, conditional) = (both.narrow(0, 0, batch)?, both.narrow(0, batch, batch)?);
-    Ok((&unconditional + ((conditional - &unconditional)? * guidance)?)?)
+
+    /// The noise (or v) with classifier-free guidance; both halves in one batch, the unconditional one first.
+    fn predict(&self, i: usize, unconditional: &Tensor, conditional: &Tensor) -> Result<Tensor> {
+        let (unet, guidance) = (self.host.unet(), self.request.guidance);
+        let Evaluation { step, timestep, .. } = self.sampler.evaluations()[i];
+        let Phase { keys, .. } = self.conditioning.at(step);
+        let batch = conditional.dim(0)?;
+        let conditional = self.sampler.model_input(i, conditional)?;
+        if guidance == 1. {
+            return Ok(unet.forward(&conditional, &vec![timestep; batch], keys)?.to_dtype(DType::F32)?);
+        }
+        let both = Tensor::cat(&[self.sampler.model_input(i, unconditional)?, conditional], 0)?;
+        let both = unet.forward(&both, &vec![timestep; 2 * batch], keys)?.to_dtype(DType::F32)?;
+        let (unconditional, conditional) = (both.narrow(0, 0, batch)?, both.narrow(0, batch, batch)?);
+        Ok((&unconditional + ((conditional - &unconditional)? * guidance)?)?)
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device};
-use diffusion::scheduler::{NoiseSchedule, Prediction, SchedulerConfig};
+use diffusion::scheduler::{NoiseSchedule, Prediction, Scheduler, SchedulerConfig};
 use diffusion::{Pipeline, TextModel, Vae};
 use host_api::Model;
 use host_api::host::{Instance, Library};
@@ -82,6 +82,15 @@ impl Session {
         let params = plugin.params().map_err(Error::plugin("parameters"))?;
         let params = params.ok_or_else(|| Error::Request("the plugin has no parameters".into()))?;
         params.set(name, value).map_err(Error::plugin(format_args!("set `{name}`")))
+    }
+
+    /// The sampler that the model's configuration names, where it is one of those that are implemented; DDIM, which every
+    /// model can be sampled with, otherwise.
+    pub fn default_scheduler(&self) -> Scheduler {
+        self.scheduler.scheduler.unwrap_or_else(|| {
+            log::info!("the model names no sampler that is implemented here: ddim is used");
+            Scheduler::Ddim
+        })
     }
 
     /// Pixels per latent in each direction.

@@ -41,8 +41,9 @@ fn a_picture_carries_its_settings_and_a_report_tells_the_rest() {
     let adapter = format!("{}/adapter_stage1.safetensors", model.as_str().unwrap());
     let expected = json!({
         "prompt": "näive ☃ circle", "negative": "", "model": null, "plugin": null,
-        "config": {"adapter": adapter, "eta": 2., "monitor": true}, "scheduler": "ddim", "steps": 3, "guidance": 3.5,
-        "seed": 5, "batch": 1, "width": 64, "height": 64, "latents": null, "device": "cpu", "dtype": "f32",
+        "config": {"adapter": adapter, "eta": 2., "monitor": true}, "scheduler": "ddim", "mode": "paper", "steps": 3, "guidance": 3.5,
+        "seed": 5, "batch": 1, "width": 64, "height": 64, "latents": null, "image": null, "strength": null, "prompt_at": [],
+        "device": "cpu", "dtype": "f32",
     });
     assert_eq!(settings, expected);
 

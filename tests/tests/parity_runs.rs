@@ -1,12 +1,12 @@
-//! Whole runs through the real shared library against PyTorch: plain, with LoRA, and with LoRA and self-correction (Eq. 9),
-//! with the gradient from the host's U-Net and from the plugin's own.
+//! Whole runs through the real shared library against PyTorch: plain, with LoRA, and with LoRA and self-correction (Eq. 9) in
+//! both modes, with the gradient from the host's U-Net and from the plugin's own.
 
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use diffusion::scheduler::{Ddim, SchedulerConfig};
+use diffusion::scheduler::{Scheduler, SchedulerConfig};
 use diffusion::{LoraEntry, Pipeline};
-use host_demo::{PluginChoice, Request, RunOutcome, Session};
+use host_demo::{Mode, PluginChoice, Request, RunOutcome, Session};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tests::{FAMILIES, assert_close, case, dpt, hosts, parity, plugin_library, relative_error};
@@ -72,15 +72,16 @@ impl Case {
     }
 
     /// How far a corrected run is from PyTorch's: what, relative error, tolerance.
-    fn deviations(&self, outcome: &RunOutcome, trail: &Tensor) -> [(&'static str, f64, f64); 3] {
+    fn deviations(&self, mode: Mode, outcome: &RunOutcome, trail: &Tensor) -> [(&'static str, f64, f64); 3] {
+        let key = case_key(mode);
         let lora = self.last("lora");
         let share = |latents: &Tensor| (latents - &lora).unwrap();
         let scores = outcome.steps.iter().flat_map(|step| step.items.iter().map(|item| item.score.unwrap()));
-        let expected = &self.tensors["scores.paper"];
+        let expected = &self.tensors[&format!("scores.{key}")];
         let scores = Tensor::from_iter(scores, &Device::Cpu).unwrap().reshape(expected.shape()).unwrap();
         [
-            ("latents", relative_error(trail, &self.tensors["latents.paper"]), WHOLE_RUN),
-            ("correction's share", relative_error(&share(&outcome.latents), &share(&self.last("paper"))), 1e-2),
+            ("latents", relative_error(trail, &self.tensors[&format!("latents.{key}")]), WHOLE_RUN),
+            ("correction's share", relative_error(&share(&outcome.latents), &share(&self.last(key))), 1e-2),
             ("scores", relative_error(&scores, expected), 1e-3),
         ]
     }
@@ -88,38 +89,46 @@ impl Case {
     /// The adapter has ReLUs and a maximum, so its gradient jumps where a pre-activation is within rounding of zero, and
     /// two correct programs may land on either side; cases of other seeds can hold such a step. A run that is off by no more
     /// than one jump must then be right with an f64 U-Net, which is not in doubt.
-    fn assert_corrected(&self, name: &str, outcome: &RunOutcome, trail: &Tensor) {
+    fn assert_corrected(&self, mode: Mode, name: &str, outcome: &RunOutcome, trail: &Tensor) {
         let within =
             |deviations: [(&str, f64, f64); 3]| deviations.iter().all(|(_, error, tolerance)| error < tolerance);
-        let found = self.deviations(outcome, trail);
+        let found = self.deviations(mode, outcome, trail);
         if !within(found) {
             assert!(found[0].1 < JUMP, "{name}: {found:?}");
-            let (outcome, trail) = self.run(&mut self.session_in(DType::F64, Some(self.config(json!({})))));
-            let exact = self.deviations(&outcome, &trail);
+            let (outcome, trail) = self.run_in(mode, &mut self.session_in(DType::F64, Some(self.config(json!({})))));
+            let exact = self.deviations(mode, &outcome, &trail);
             assert!(within(exact), "{name}: {found:?}, with an f64 U-Net {exact:?}");
         }
     }
 
     fn request(&self) -> Request {
         let start = self.tensors["start"].clone();
-        Request {
-            prompts: vec![self.setting.prompt.clone(); start.dim(0).unwrap()],
-            negative: String::new(),
-            steps: self.setting.steps,
-            guidance: self.setting.guidance,
-            start,
-        }
+        let prompts = vec![self.setting.prompt.clone(); start.dim(0).unwrap()];
+        Request::new(prompts, Scheduler::Ddim, self.setting.steps, self.setting.guidance, start)
     }
 
     /// The run, and the latents after every step, `[steps, batch, channels, h, w]`.
     fn run(&self, session: &mut Session) -> (RunOutcome, Tensor) {
+        self.run_in(Mode::Paper, session)
+    }
+
+    fn run_in(&self, mode: Mode, session: &mut Session) -> (RunOutcome, Tensor) {
         let mut trail = Vec::new();
-        let outcome = session.run(&self.request(), &mut |latents, _| trail.push(latents.clone())).unwrap();
+        let request = Request { mode, ..self.request() };
+        let outcome = session.run(&request, &mut |latents, _| trail.push(latents.clone())).unwrap();
         (outcome, Tensor::stack(&trail, 0).unwrap())
     }
 
     fn last(&self, mode: &str) -> Tensor {
         self.tensors[&format!("latents.{mode}")].get(self.setting.steps - 1).unwrap()
+    }
+}
+
+/// What the cases call a mode.
+fn case_key(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Paper => "paper",
+        Mode::ConditionOnly => "condition",
     }
 }
 
@@ -154,22 +163,31 @@ fn parity_lora_run_is_bit_identical_with_eta_0_and_leaves_no_trace() {
     }
 }
 
-#[test]
-fn parity_paper_run_with_both_gradient_sources() {
+fn assert_mode(mode: Mode) {
     for case in Case::all() {
         let mut final_latents = Vec::new();
         for source in [json!({}), own_unet(&case)] {
-            let name = format!("{} paper {source}", case.name());
+            let name = format!("{} {mode} {source}", case.name());
             let mut session = case.session(Some(case.config(source)));
             let before = session.attention_weights().unwrap();
-            let (outcome, trail) = case.run(&mut session);
-            case.assert_corrected(&name, &outcome, &trail);
+            let (outcome, trail) = case.run_in(mode, &mut session);
+            case.assert_corrected(mode, &name, &outcome, &trail);
             assert!(outcome.steps.iter().all(|step| step.outcome == "corrected"));
             assert!(session.attention_weights().unwrap() == before, "the weights are not what they were");
             final_latents.push(outcome.latents);
         }
         assert_close(&format!("{}: host against plugin", case.name()), &final_latents[0], &final_latents[1], 1e-5);
     }
+}
+
+#[test]
+fn parity_paper_run_with_both_gradient_sources() {
+    assert_mode(Mode::Paper);
+}
+
+#[test]
+fn parity_condition_only_run_with_both_gradient_sources() {
+    assert_mode(Mode::ConditionOnly);
 }
 
 /// The first gradient: with the plugin's own U-Net read off what one step adds to the latents, with the host's by its norm.
@@ -190,8 +208,10 @@ fn parity_first_gradient() {
 
 /// `(z' - z) / eta` of a run's first step.
 fn first_gradient(case: &Case) -> Tensor {
-    let Request { prompts, steps, start, .. } = case.request();
-    let ddim = Ddim::new(&SchedulerConfig::load(&case.model().join("scheduler")).unwrap(), steps).unwrap();
+    let Request { prompts, steps, noise: start, .. } = case.request();
+    let ddim =
+        Scheduler::Ddim.plan(&SchedulerConfig::load(&case.model().join("scheduler")).unwrap(), steps, 0).unwrap();
+    let first = ddim.evaluations()[0];
     let unet_config = dpt::unet_config(&case.model());
     let mut plugin = dpt::create(hosts::plain(), &case.config(own_unet(case))).unwrap();
     plugin.prepare(&dpt::model(&unet_config), host_api::Device::Cpu).unwrap();
@@ -201,8 +221,8 @@ fn first_gradient(case: &Case) -> Tensor {
         index: 0,
         count: steps,
         sub_evaluation: 0,
-        timestep: ddim.timesteps()[0],
-        alpha_bar: ddim.alpha_bar(0),
+        timestep: first.timestep,
+        alpha_bar: first.alpha_bar,
         space: host_api::Space::Vp,
         extra_inputs: false,
         text: None,
@@ -217,18 +237,19 @@ fn first_gradient(case: &Case) -> Tensor {
 fn lora_alone(case: &Case) -> Tensor {
     let mut pipeline = Pipeline::load(&case.model(), DType::F32, &Device::Cpu).unwrap();
     pipeline.unet.merge_lora(&released_lora(case), 1.).unwrap();
-    let Request { prompts, negative, steps, guidance, start } = case.request();
+    let Request { prompts, negative, steps, guidance, noise: start, .. } = case.request();
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
     let empty = pipeline.text.encode(&vec![&*negative; prompts.len()]).unwrap().hidden;
     let context = Tensor::cat(&[empty, pipeline.text.encode(&prompts).unwrap().hidden], 0).unwrap();
     let text = pipeline.unet.text(&context).unwrap();
     let scheduler: &SchedulerConfig = &pipeline.scheduler;
-    let ddim = Ddim::new(scheduler, steps).unwrap();
+    let mut ddim = Scheduler::Ddim.plan(scheduler, steps, 0).unwrap();
     let mut z = start;
     let batch = prompts.len();
-    for (i, t) in ddim.timesteps().iter().enumerate() {
+    for i in 0..steps {
         let both = Tensor::cat(&[&z, &z], 0).unwrap();
-        let noise = pipeline.unet.forward(&both, &vec![*t; 2 * batch], &text).unwrap();
+        let timesteps = vec![ddim.evaluations()[i].timestep; 2 * batch];
+        let noise = pipeline.unet.forward(&both, &timesteps, &text).unwrap();
         let (without, with) = (noise.narrow(0, 0, batch).unwrap(), noise.narrow(0, batch, batch).unwrap());
         let noise = (&without + ((with - &without).unwrap() * guidance).unwrap()).unwrap();
         z = ddim.step(i, &noise, &z).unwrap();

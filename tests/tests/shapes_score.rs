@@ -2,6 +2,7 @@
 //! model was trained on (19 single objects, 45 pairs, 38 relations, 26 counts).
 
 use candle_core::{DType, Device};
+use diffusion::scheduler::Scheduler;
 use host_demo::{PluginChoice, Request, Session, StepRecord, default_model, seeded_noise};
 use serde_json::json;
 use tests::plugin_library;
@@ -15,13 +16,9 @@ fn mean_scores(session: &mut Session, captions: &[&str], steps: usize, eta: f64)
     let mut sums = vec![0.; steps];
     for (chunk, captions) in captions.chunks(BATCH).enumerate() {
         let shape = [captions.len(), session.latent_channels(), 16, 16];
-        let request = Request {
-            prompts: captions.iter().map(|caption| (*caption).to_owned()).collect(),
-            negative: String::new(),
-            steps,
-            guidance: 4.,
-            start: seeded_noise((chunk * BATCH) as u64, shape, &Device::Cpu).unwrap(),
-        };
+        let prompts = captions.iter().map(|caption| (*caption).to_owned()).collect();
+        let noise = seeded_noise((chunk * BATCH) as u64, shape, &Device::Cpu).unwrap();
+        let request = Request::new(prompts, Scheduler::Ddim, steps, 4., noise);
         let outcome = session.run(&request, &mut |_, _| {}).unwrap();
         for (sum, record) in sums.iter_mut().zip(&outcome.steps) {
             *sum += f64::from(StepRecord::mean_score(record).unwrap()) * captions.len() as f64;

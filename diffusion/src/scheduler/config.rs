@@ -4,8 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{Prediction, Spacing};
-use crate::config::read_json;
+use super::{DpmSolverOptions, Prediction, Scheduler, SigmaOptions, Spacing};
 use crate::{Error, Result};
 
 /// More training timesteps than any model has; a longer schedule in a file is a mistake or an attack.
@@ -30,6 +29,14 @@ pub struct SchedulerConfig {
     pub set_alpha_to_one: Option<bool>,
     /// Bound that the predicted z_0 is clipped to, symmetric about 0. Models of latents do not clip.
     pub clip: Option<f64>,
+    /// The algorithm of the class that wrote the file, where it is one of those implemented.
+    pub scheduler: Option<Scheduler>,
+    /// Whether PNDM leaves its Runge-Kutta steps out, as Stable Diffusion's does; it must.
+    pub skip_prk_steps: Option<bool>,
+    /// For samplers in sigma.
+    pub sigmas: SigmaOptions,
+    /// For DPM-Solver.
+    pub dpm_solver: DpmSolverOptions,
 }
 
 /// The noise that each training timestep adds: `z_t = sqrt(1 - beta_t) z_{t-1} + sqrt(beta_t) noise`.
@@ -56,6 +63,24 @@ pub enum Betas {
 }
 
 impl SchedulerConfig {
+    /// What Stable Diffusion 1.x and 2.x were trained with: 1000 timesteps of the scaled linear schedule, predicting the noise.
+    pub fn stable_diffusion() -> Self {
+        Self {
+            num_train_timesteps: 1000,
+            betas: Betas::ScaledLinear { start: 0.00085, end: 0.012 },
+            rescale_betas_zero_snr: false,
+            prediction: Prediction::Epsilon,
+            spacing: None,
+            steps_offset: 1,
+            set_alpha_to_one: Some(false),
+            clip: None,
+            scheduler: None,
+            skip_prk_steps: None,
+            sigmas: SigmaOptions::default(),
+            dpm_solver: DpmSolverOptions::default(),
+        }
+    }
+
     /// Reads `scheduler_config.json` in a `scheduler` folder.
     ///
     /// An absent `clip_sample` or `steps_offset` takes the value that diffusers' Stable Diffusion pipeline sets (false and
@@ -63,7 +88,10 @@ impl SchedulerConfig {
     /// without betas (flow-matching schedulers have none).
     pub fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("scheduler_config.json");
-        let file: File = read_json(&path)?;
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        // Python writes a bound that is not there as an infinity, which JSON does not have.
+        let text = text.replace(": -Infinity", ": null").replace(": Infinity", ": null");
+        let file: File = serde_json::from_str(&text).map_err(|e| Error::file(&path, e))?;
         let unsupported = |what: String| Error::Unsupported(format!("{}: {what}", path.display()));
         let needs = |name: &str| Error::file(&path, format!("`{name}` is missing, and so is `trained_betas`"));
 
@@ -111,6 +139,10 @@ impl SchedulerConfig {
             steps_offset: file.steps_offset,
             set_alpha_to_one: file.set_alpha_to_one,
             clip: file.clip_sample.then_some(file.clip_sample_range),
+            scheduler: file.class.as_deref().and_then(Scheduler::of_class),
+            skip_prk_steps: file.skip_prk_steps,
+            sigmas: file.sigmas,
+            dpm_solver: file.dpm_solver,
         };
         config.check().map_err(|message| Error::file(&path, message))?;
         Ok(config)
@@ -171,6 +203,13 @@ struct File {
     clip_sample_range: f64,
     #[serde(default)]
     thresholding: bool,
+    #[serde(rename = "_class_name")]
+    class: Option<String>,
+    skip_prk_steps: Option<bool>,
+    #[serde(flatten)]
+    sigmas: SigmaOptions,
+    #[serde(flatten)]
+    dpm_solver: DpmSolverOptions,
 }
 
 fn one() -> usize {
@@ -182,6 +221,7 @@ fn unit() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{FinalSigma, SolverType};
     use super::*;
     use crate::testing::Folder;
 
@@ -200,6 +240,7 @@ mod tests {
         assert_eq!(config.betas, Betas::ScaledLinear { start: 0.00085, end: 0.012 });
         assert_eq!((config.prediction, config.spacing), (Prediction::Epsilon, None));
         assert_eq!((config.steps_offset, config.set_alpha_to_one, config.clip), (1, None, None));
+        assert_eq!((config.scheduler, config.skip_prk_steps), (Some(Scheduler::Pndm), Some(true)));
     }
 
     #[test]
@@ -207,7 +248,9 @@ mod tests {
         let config = load(
             r#"{"num_train_timesteps": 2, "beta_schedule": "linear", "trained_betas": [0.1, 1.0], "steps_offset": 0,
                 "rescale_betas_zero_snr": true, "prediction_type": "v_prediction", "timestep_spacing": "trailing",
-                "set_alpha_to_one": false, "clip_sample": true, "clip_sample_range": 2.5}"#,
+                "set_alpha_to_one": false, "clip_sample": true, "clip_sample_range": 2.5, "_class_name": "HeunScheduler",
+                "skip_prk_steps": false, "final_sigmas_type": "sigma_min", "use_karras_sigmas": true,
+                "solver_type": "heun", "lambda_min_clipped": -Infinity, "solver_order": 3}"#,
         );
         let expected = SchedulerConfig {
             num_train_timesteps: 2,
@@ -218,6 +261,18 @@ mod tests {
             steps_offset: 0,
             set_alpha_to_one: Some(false),
             clip: Some(2.5),
+            scheduler: None,
+            skip_prk_steps: Some(false),
+            sigmas: SigmaOptions {
+                final_sigmas_type: Some(FinalSigma::SigmaMin),
+                use_karras_sigmas: Some(true),
+                ..SigmaOptions::default()
+            },
+            dpm_solver: DpmSolverOptions {
+                solver_order: Some(3),
+                solver_type: Some(SolverType::Heun),
+                ..DpmSolverOptions::default()
+            },
         };
         assert_eq!(config.unwrap(), expected);
     }

@@ -2,75 +2,64 @@
 
 use candle_core::Tensor;
 
-use super::{NoiseSchedule, Prediction, SchedulerConfig, Spacing};
+use super::sampler::{check_first, evaluation};
+use super::{Evaluation, NoiseSchedule, Prediction, Sampler, SchedulerConfig, Spacing};
 use crate::{Error, Result};
 
 /// The deterministic DDIM sampler (arXiv 2010.02502 with eta = 0), as diffusers' `DDIMScheduler`.
 #[derive(Clone, Debug)]
 pub struct Ddim {
-    timesteps: Vec<f64>,
-    /// alpha_bar where each step starts, and where it ends.
-    alpha_bars: Vec<(f64, f64)>,
+    evaluations: Vec<Evaluation>,
+    /// alpha_bar where each step ends.
+    ends: Vec<f64>,
     prediction: Prediction,
     clip: Option<f64>,
 }
 
 impl Ddim {
-    /// Plans `steps` steps; the spacing is leading and the last alpha_bar 1 where the configuration does not say.
+    /// Plans the steps `first .. steps`; the spacing is leading and the last alpha_bar 1 where the configuration does not
+    /// say.
     ///
-    /// Fails when there are no steps or more than training timesteps, and when the noise would have to be predicted
-    /// where alpha_bar is 0.
-    pub fn new(config: &SchedulerConfig, steps: usize) -> Result<Self> {
+    /// Fails where [`super::Scheduler::plan`] does, and when the noise would have to be predicted where alpha_bar is 0.
+    pub fn new(config: &SchedulerConfig, steps: usize, first: usize) -> Result<Self> {
         let total = config.num_train_timesteps;
         let schedule = NoiseSchedule::new(config)?;
         let alphas = schedule.alphas_cumprod();
         let last = if config.set_alpha_to_one.unwrap_or(true) { 1.0 } else { alphas[0] };
         let spacing = config.spacing.unwrap_or(Spacing::Leading);
         let timesteps = spacing.timesteps(total, steps, config.steps_offset)?;
+        check_first(first, steps)?;
         // diffusers steps down by T / steps whatever the spacing, not to the next timestep of its list.
         let stride = total / steps;
-        let alpha_bars: Vec<_> =
-            timesteps.iter().map(|&t| (alphas[t], t.checked_sub(stride).map_or(last, |next| alphas[next]))).collect();
-        let pure_noise = alpha_bars.iter().position(|(alpha_bar, _)| *alpha_bar == 0.0);
-        if let (Some(i), Prediction::Epsilon) = (pure_noise, config.prediction) {
-            return Err(Error::Unsupported(format!(
-                "scheduler: alpha_bar is 0 at timestep {}, where a predicted noise says nothing about the image; \
-                 expected `v_prediction`",
-                timesteps[i]
-            )));
+        let (mut evaluations, mut ends) = (Vec::new(), Vec::new());
+        for (step, &t) in timesteps.iter().enumerate().skip(first) {
+            if let (true, Prediction::Epsilon) = (alphas[t] == 0.0, config.prediction) {
+                return Err(Error::Unsupported(format!(
+                    "scheduler: alpha_bar is 0 at timestep {t}, where a predicted noise says nothing about the image; \
+                     expected `v_prediction`"
+                )));
+            }
+            evaluations.push(Evaluation { step, sub_evaluation: 0, timestep: t as f64, alpha_bar: alphas[t] });
+            ends.push(t.checked_sub(stride).map_or(last, |next| alphas[next]));
         }
-        let timesteps = timesteps.into_iter().map(|t| t as f64).collect();
-        Ok(Self { timesteps, alpha_bars, prediction: config.prediction, clip: config.clip })
+        Ok(Self { evaluations, ends, prediction: config.prediction, clip: config.clip })
     }
+}
 
-    /// The timesteps, noisiest first: what the U-Net is given at each step.
-    pub fn timesteps(&self) -> &[f64] {
-        &self.timesteps
-    }
-
-    /// alpha_bar of the latents that step `i` starts from. Panics unless `i` is below the number of steps.
-    pub fn alpha_bar(&self, i: usize) -> f64 {
-        self.alpha_bars[i].0
-    }
-
-    /// The standard deviation of the latents that a run starts from.
-    pub fn init_noise_sigma(&self) -> f64 {
-        1.0
+impl Sampler for Ddim {
+    fn evaluations(&self) -> &[Evaluation] {
+        &self.evaluations
     }
 
     /// Eq. 12 of the DDIM paper with sigma = 0: `z' = sqrt(alpha_bar') z_0 + sqrt(1 - alpha_bar') noise`.
-    ///
-    /// `model_output` and `sample` (z_t) have one shape, usually `[B, 4, H/8, W/8]`; so has the result, in the sample's
-    /// dtype.
-    pub fn step(&self, i: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
-        let steps = self.alpha_bars.len();
-        let past_end = || Error::Input(format!("scheduler: step {i} of a run of {steps}"));
-        let &(alpha_bar, next) = self.alpha_bars.get(i).ok_or_else(past_end)?;
+    fn step(&mut self, i: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        let Evaluation { alpha_bar, .. } = evaluation(&self.evaluations, i)?;
         let (z0, noise) = self.prediction.split(model_output, sample, alpha_bar)?;
         let z0 = match self.clip {
             Some(range) => z0.clamp(-range, range)?,
             None => z0,
         };
+        let next = self.ends[i];
         Ok(((z0 * next.sqrt())? + (noise * (1.0 - next).sqrt())?)?)
     }
 }
@@ -79,27 +68,18 @@ impl Ddim {
 mod tests {
     use candle_core::Device;
 
-    use super::super::Betas;
+    use super::super::SchedulerConfig;
     use super::*;
 
     fn config() -> SchedulerConfig {
-        SchedulerConfig {
-            num_train_timesteps: 1000,
-            betas: Betas::ScaledLinear { start: 0.00085, end: 0.012 },
-            rescale_betas_zero_snr: false,
-            prediction: Prediction::Epsilon,
-            spacing: None,
-            steps_offset: 1,
-            set_alpha_to_one: Some(false),
-            clip: None,
-        }
+        SchedulerConfig { steps_offset: 1, set_alpha_to_one: Some(false), ..SchedulerConfig::stable_diffusion() }
     }
 
     /// Runs seven steps, the model's output the same at each, and compares the timesteps and the last latents with
     /// DDIMScheduler of diffusers 0.42.1.
     fn assert_diffusers(config: &SchedulerConfig, timesteps: [f64; 7], expected: [f32; 3]) {
-        let ddim = Ddim::new(config, 7).unwrap();
-        assert_eq!(ddim.timesteps(), timesteps);
+        let mut ddim = Ddim::new(config, 7, 0).unwrap();
+        assert!(ddim.evaluations().iter().map(|e| e.timestep).eq(timesteps));
         let output = Tensor::new(&[0.3f32, 0.9, -1.1], &Device::Cpu).unwrap();
         let mut z = Tensor::new(&[0.5f32, -1.25, 2.0], &Device::Cpu).unwrap();
         for i in 0..7 {
@@ -134,21 +114,29 @@ mod tests {
     fn alpha_bar_belongs_to_the_timestep() {
         let config = config();
         let alphas = NoiseSchedule::new(&config).unwrap();
-        let ddim = Ddim::new(&config, 10).unwrap();
-        for (i, t) in ddim.timesteps().iter().enumerate() {
-            assert_eq!(ddim.alpha_bar(i), alphas.alphas_cumprod()[*t as usize]);
+        for (step, at) in Ddim::new(&config, 10, 0).unwrap().evaluations().iter().enumerate() {
+            assert_eq!((at.step, at.alpha_bar), (step, alphas.alphas_cumprod()[at.timestep as usize]));
         }
+    }
+
+    #[test]
+    fn a_run_may_start_further_down() {
+        let (whole, rest) = (Ddim::new(&config(), 10, 0).unwrap(), Ddim::new(&config(), 10, 7).unwrap());
+        assert_eq!(rest.evaluations(), &whole.evaluations()[7..]);
+        assert_eq!(rest.ends, whole.ends[7..]);
+        let message = Ddim::new(&config(), 10, 10).unwrap_err().to_string();
+        assert!(message.contains("step 10 of 10"), "{message}");
     }
 
     #[test]
     fn pure_noise_needs_a_velocity() {
         let mut config = SchedulerConfig { rescale_betas_zero_snr: true, spacing: Some(Spacing::Trailing), ..config() };
-        let message = Ddim::new(&config, 5).unwrap_err().to_string();
+        let message = Ddim::new(&config, 5, 0).unwrap_err().to_string();
         assert!(message.contains("timestep 999") && message.contains("v_prediction"), "{message}");
 
         config.prediction = Prediction::Velocity;
-        let ddim = Ddim::new(&config, 5).unwrap();
-        assert_eq!(ddim.alpha_bar(0), 0.0);
+        let mut ddim = Ddim::new(&config, 5, 0).unwrap();
+        assert_eq!(ddim.evaluations()[0].alpha_bar, 0.0);
         let (output, sample) =
             (Tensor::new(&[0.5f32], &Device::Cpu).unwrap(), Tensor::new(&[2f32], &Device::Cpu).unwrap());
         // At alpha_bar 0, z_0 = -v and the noise is the sample itself.
@@ -160,12 +148,12 @@ mod tests {
 
     #[test]
     fn steps_out_of_range_are_refused() {
-        let message = Ddim::new(&config(), 0).unwrap_err().to_string();
+        let message = Ddim::new(&config(), 0, 0).unwrap_err().to_string();
         assert!(message.contains("0 steps"), "{message}");
-        let message = Ddim::new(&config(), 1001).unwrap_err().to_string();
+        let message = Ddim::new(&config(), 1001, 0).unwrap_err().to_string();
         assert!(message.contains("1001 steps") && message.contains("1 to 1000"), "{message}");
         let z = Tensor::new(&[1f32], &Device::Cpu).unwrap();
-        let message = Ddim::new(&config(), 4).unwrap().step(4, &z, &z).unwrap_err().to_string();
-        assert!(message.contains("step 4 of a run of 4"), "{message}");
+        let message = Ddim::new(&config(), 4, 0).unwrap().step(4, &z, &z).unwrap_err().to_string();
+        assert!(message.contains("evaluation 4 of a run of 4"), "{message}");
     }
 }

@@ -1,16 +1,24 @@
 //! From noise to latents: noise schedules and the samplers that walk them.
 //!
-//! A sampler is made from a [`SchedulerConfig`] and a number of steps. It lists its `timesteps()` in the order they are
-//! taken, gives `alpha_bar(i)` at each, and `step(i, model_output, sample)` takes the latents from timestep `i` to the
-//! next. Latents are variance preserving throughout, `z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) noise`: a sampler
-//! whose formula lives in another space converts inside its `step`.
+//! A [`Scheduler`] names an algorithm; with a [`SchedulerConfig`] and a number of steps it plans a [`Sampler`]: the list of the
+//! run's [`Evaluation`]s, and a `step` that takes the latents from one to the next.
 
 mod config;
 mod ddim;
+mod dpm_solver;
+mod euler;
 mod noise_schedule;
+mod pndm;
+mod sampler;
+mod sigmas;
 mod spacing;
 
 pub use config::{Betas, SchedulerConfig};
 pub use ddim::Ddim;
+pub use dpm_solver::{DpmSolver, DpmSolverOptions, SolverType};
+pub use euler::Euler;
 pub use noise_schedule::{NoiseSchedule, Prediction};
+pub use pndm::Pndm;
+pub use sampler::{Evaluation, Sampler, Scheduler, Space};
+pub use sigmas::{FinalSigma, SigmaOptions};
 pub use spacing::Spacing;

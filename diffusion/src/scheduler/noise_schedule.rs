@@ -110,11 +110,8 @@ mod tests {
             num_train_timesteps,
             betas,
             rescale_betas_zero_snr,
-            prediction: Prediction::Epsilon,
-            spacing: None,
             steps_offset: 0,
-            set_alpha_to_one: None,
-            clip: None,
+            ..SchedulerConfig::stable_diffusion()
         })
     }
 

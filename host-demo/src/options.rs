@@ -1,0 +1,150 @@
+//! Options that commands share: which model and plugin, and how to sample.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use diffusion::scheduler::Scheduler;
+use host_demo::{Error, Mode, PluginChoice, Request, Result, Session, default_model, write_whole};
+use indicatif::ProgressStyle;
+use serde::Serialize;
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GradientSource {
+    /// This program's U-Net, through the interface.
+    Host,
+    /// The plugin's own U-Net, loaded from the same model.
+    Plugin,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ModeName {
+    /// Both halves of the guidance and the step see the corrected latents (Eq. 9).
+    Paper,
+    /// The conditional half alone, as in the authors' release.
+    ConditionOnly,
+}
+
+/// What is loaded.
+#[derive(Args)]
+pub(crate) struct ModelOptions {
+    /// Folder in the diffusers layout [default: the shipped weights/shapes]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// The plugin's shared library [default: libdpt beside this program]
+    #[arg(long, value_name = "LIB")]
+    pub(crate) plugin: Option<PathBuf>,
+    /// The plugin's configuration, a JSON file or JSON text; with the shipped model its adapter is the default
+    #[arg(long, value_name = "FILE|JSON")]
+    pub(crate) config: Option<String>,
+    /// Whose U-Net computes the gradient
+    #[arg(long, value_enum)]
+    pub(crate) gradient: Option<GradientSource>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// What the model computes in: f32, f16 or bf16
+    #[arg(long, default_value = "f32")]
+    pub(crate) dtype: String,
+}
+
+/// A loaded model, and what the defaults made of the options.
+pub(crate) struct Loaded {
+    pub(crate) session: Session,
+    pub(crate) folder: PathBuf,
+    pub(crate) device: candle_core::Device,
+    pub(crate) plugin: Option<PluginChoice>,
+    /// Whether it is the model that comes with this program.
+    pub(crate) shipped: bool,
+}
+
+impl ModelOptions {
+    /// Loads the model and, unless it is not wanted, the plugin.
+    pub(crate) fn load(&self, with_plugin: bool) -> Result<Loaded> {
+        let folder = self.model.clone().map_or_else(default_model, Ok)?;
+        if !folder.exists() {
+            return Err(Error::File { path: folder, message: "no such model; expected a folder".into() });
+        }
+        let shipped = is_shipped(&folder);
+        let device = diffusion::device(&self.device)?;
+        let dtype = diffusion::dtype(&self.dtype)?;
+        let plugin = with_plugin.then(|| self.plugin_choice(&folder, shipped)).transpose()?;
+        let session = Session::load(&folder, dtype, &device, plugin.as_ref())?;
+        Ok(Loaded { session, folder, device, plugin, shipped })
+    }
+}
+
+/// Whether the folder is the shipped model, by whatever path.
+fn is_shipped(folder: &Path) -> bool {
+    let same = |shipped: PathBuf| Some(folder.canonicalize().ok()? == shipped.canonicalize().ok()?);
+    default_model().ok().and_then(same).unwrap_or(false)
+}
+
+/// How to sample, whatever is drawn.
+#[derive(Args)]
+pub(crate) struct SamplingOptions {
+    /// What to lead away from.
+    #[arg(long, default_value = "")]
+    pub(crate) negative: String,
+    /// ddim, euler, pndm or dpmpp-2m [default: the model's own where it is one of these, else ddim]
+    #[arg(long, value_name = "NAME")]
+    scheduler: Option<Scheduler>,
+    /// Number of steps.
+    #[arg(long, default_value_t = 25)]
+    pub(crate) steps: usize,
+    /// Classifier-free guidance; 1 is none [default: 4 for the shipped model, else 7.5]
+    #[arg(long, value_name = "F")]
+    guidance: Option<f64>,
+    /// Who sees the corrected latents
+    #[arg(long, value_enum, default_value = "paper")]
+    mode: ModeName,
+    /// Width and height in pixels [default: the model's own]
+    #[arg(long, value_name = "WxH", value_parser = parse_size)]
+    size: Option<(usize, usize)>,
+}
+
+fn parse_size(text: &str) -> std::result::Result<(usize, usize), String> {
+    let parse = |side: &str| side.parse::<usize>().ok().filter(|side| *side > 0);
+    let sides = text.split_once('x').and_then(|(w, h)| Some((parse(w)?, parse(h)?)));
+    sides.ok_or_else(|| format!("`{text}`: expected WIDTHxHEIGHT, such as 512x512"))
+}
+
+impl SamplingOptions {
+    /// Latents' channels, height and width.
+    pub(crate) fn latents_shape(&self, session: &Session) -> Result<[usize; 3]> {
+        let scale = session.latent_scale();
+        let (width, height) = self
+            .size
+            .or_else(|| session.native_size())
+            .ok_or_else(|| Error::Request("the model does not say its size; give --size".into()))?;
+        if width % scale != 0 || height % scale != 0 {
+            return Err(Error::Request(format!("--size {width}x{height}: both must be divisible by {scale}")));
+        }
+        Ok([session.latent_channels(), height / scale, width / scale])
+    }
+
+    /// A run of these prompts from that noise.
+    pub(crate) fn request(&self, loaded: &Loaded, prompts: Vec<String>, noise: candle_core::Tensor) -> Result<Request> {
+        let guidance = self.guidance.unwrap_or(if loaded.shipped { 4. } else { 7.5 });
+        if !guidance.is_finite() {
+            return Err(Error::Request(format!("--guidance {guidance}: expected a finite number")));
+        }
+        let scheduler = self.scheduler.unwrap_or_else(|| loaded.session.default_scheduler());
+        let mode = match self.mode {
+            ModeName::Paper => Mode::Paper,
+            ModeName::ConditionOnly => Mode::ConditionOnly,
+        };
+        let negative = self.negative.clone();
+        Ok(Request { negative, mode, ..Request::new(prompts, scheduler, self.steps, guidance, noise) })
+    }
+}
+
+pub(crate) fn bar_style() -> ProgressStyle {
+    let template = "{bar:32} {pos}/{len} steps, {elapsed} of {duration}  {msg}";
+    ProgressStyle::with_template(template).expect("the template is valid")
+}
+
+/// Writes plain data as JSON; the file appears whole or not at all.
+pub(crate) fn write_json(path: &Path, data: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(data).expect("plain data");
+    write_whole(path, (text + "\n").as_bytes())
+}
