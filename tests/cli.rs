@@ -9,8 +9,13 @@ use crate::host_program;
 
 /// Runs `host-demo generate` with these words in `folder`.
 pub fn generate(folder: &Path, words: &[&str]) -> Output {
+    host_demo(folder, &[&["generate"], words].concat())
+}
+
+/// Runs `host-demo` with these words in `folder`.
+pub fn host_demo(folder: &Path, words: &[&str]) -> Output {
     let mut command = Command::new(host_program());
-    command.current_dir(folder).arg("generate").args(words).env("RAYON_NUM_THREADS", "2");
+    command.current_dir(folder).args(words).env("RAYON_NUM_THREADS", "2");
     // What the user's shell may say of logs is not for tests.
     command.env_remove("RUST_LOG").output().unwrap()
 }

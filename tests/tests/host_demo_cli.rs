@@ -13,7 +13,8 @@ const PROMPT: &str = "a red circle to the left of a blue square";
 
 /// A picture of two steps by more words.
 fn draw(folder: &Path, name: &str, words: &[&str]) -> Picture {
-    generated(folder, &[&["--prompt", PROMPT, "--steps", "2", "--out", name], words].concat());
+    let steps: &[&str] = if words.contains(&"--steps") { &[] } else { &["--steps", "2"] };
+    generated(folder, &[&["--prompt", PROMPT, "--out", name], steps, words].concat());
     Picture::read(&folder.join(name))
 }
 
@@ -153,6 +154,45 @@ fn other_sizes_and_an_empty_prompt_are_drawn() {
 }
 
 #[test]
+fn samplers_and_modes_are_chosen_by_name() {
+    let folder = scratch("cli_samplers");
+    let eta = ["--eta", "4"];
+    let ddim = draw(&folder, "default.png", &eta);
+    assert_eq!((&ddim.settings()["scheduler"], &ddim.settings()["mode"]), (&json!("ddim"), &json!("paper")));
+    for scheduler in ["ddim", "euler", "pndm", "dpmpp-2m"] {
+        let picture = draw(&folder, "s.png", &["--eta", "4", "--scheduler", scheduler]);
+        assert_eq!(picture.settings()["scheduler"], scheduler);
+        assert_eq!(picture.distance(&ddim) == 0, scheduler == "ddim", "{scheduler}");
+    }
+    let other = draw(&folder, "mode.png", &["--eta", "4", "--mode", "condition-only"]);
+    assert!(other.settings()["mode"] == "condition-only" && other.distance(&ddim) > 0);
+}
+
+#[test]
+fn a_picture_is_changed_by_the_strength() {
+    let folder = scratch("cli_image");
+    let start = draw(&folder, "start.png", &["--no-plugin", "--seed", "9"]);
+    let from =
+        |words: &[&str]| draw(&folder, "from.png", &[&["--image", "start.png", "--steps", "10"], words].concat());
+    let light = from(&["--strength", "0.1"]);
+    let settings = light.settings();
+    assert_eq!((&settings["image"], &settings["strength"]), (&json!("start.png"), &json!(0.1)));
+    assert_eq!((&settings["width"], &settings["height"]), (&json!(64), &json!(64)));
+    let mean = |picture: &Picture| {
+        let distances = picture.pixels.iter().zip(&start.pixels).map(|(a, b)| f64::from(a.abs_diff(*b)));
+        distances.sum::<f64>() / start.pixels.len() as f64
+    };
+    let strong = from(&["--strength", "1"]);
+    assert!(mean(&light) < mean(&strong), "{} {}", mean(&light), mean(&strong));
+    assert_eq!(from(&[]).settings()["strength"], 0.8);
+    // The same picture for every item, each with noise of its own.
+    let words = ["--image", "start.png", "--batch", "2", "--out", "b.png", "--prompt-at", "0.5=a blue square"];
+    generated(&folder, &[&["--prompt", PROMPT, "--steps", "4"], &words[..]].concat());
+    let [first, second] = ["b-0.png", "b-1.png"].map(|name| Picture::read(&folder.join(name)));
+    assert!(first.distance(&second) > 0 && first.settings()["prompt_at"] == json!([[0.5, "a blue square"]]));
+}
+
+#[test]
 fn what_cannot_be_done_is_said_and_leaves_nothing() {
     let folder = scratch("cli_refusals");
     for name in ["bare", "taken.png"] {
@@ -199,4 +239,11 @@ fn what_cannot_be_done_is_said_and_leaves_nothing() {
     refused(2, &["--gradient", "both"], &["'both'", "host, plugin"]);
     refused(2, &["--no-plugin", "--eta", "1"], &["--no-plugin", "--eta"]);
     refused(2, &["--seed", "x"], &["'x'"]);
+    refused(2, &["--scheduler", "heun"], &["`heun`", "`ddim`, `euler`, `pndm`, `dpmpp-2m`"]);
+    refused(2, &["--mode", "both"], &["'both'", "paper, condition-only"]);
+    refused(2, &["--prompt-at", "2=a"], &["`2=a`", "SHARE=PROMPT"]);
+    refused(2, &["--prompt-at", "a blue square"], &["SHARE=PROMPT"]);
+    refused(2, &["--strength", "0.5"], &["--image"]);
+    refused(1, &["--image", "absent.png"], &["absent.png"]);
+    refused(1, &["--image", "broken.json"], &["broken.json", "not a readable PNG"]);
 }
