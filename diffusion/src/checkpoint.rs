@@ -1,13 +1,21 @@
-//! Named tensors from a file, with every name accounted for.
+//! Named tensors from a file, safetensors or PyTorch pickle, with every name accounted for.
 
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
 
-use crate::{Error, Result};
+use crate::finite::is_finite;
+use crate::{Error, Result, pickle};
+
+/// Longest header that is read for its metadata; the limit of the safetensors crate.
+const MAX_HEADER: u64 = 100_000_000;
 
 /// The tensors of one file. They are converted to one dtype and device as they are taken; [`Checkpoint::finish`] fails when
 /// some were never asked for.
@@ -26,10 +34,22 @@ enum Source {
 }
 
 impl Checkpoint {
-    /// Maps the safetensors file `path`; its tensors (f32, f16, bf16 or f64 in the file) are delivered as `dtype` on
-    /// `device`.
+    /// Opens the file `path`, safetensors or a PyTorch pickle, told apart by its first bytes; its tensors (f32, f16, bf16 or
+    /// f64 in the file) are delivered as `dtype` on `device`. Fails when it is neither, or not a regular file.
     pub fn open(path: &Path, dtype: DType, device: &Device) -> Result<Self> {
-        std::fs::File::open(path).map_err(|e| Error::io(path, e))?;
+        let mut file = open_regular(path)?;
+        let mut magic = [0; 4];
+        file.read_exact(&mut magic).map_err(|_| Error::file(path, "shorter than any file of weights"))?;
+        match &magic {
+            b"PK\x03\x04" => Ok(Self::from_tensors(path, pickle::read(path)?, dtype, device)),
+            [0x80, 0x02, b'\x8a', _] => {
+                Err(Error::file(path, "a PyTorch pickle in the format before 1.6; save it again with a current one"))
+            }
+            _ => Self::map(path, dtype, device),
+        }
+    }
+
+    fn map(path: &Path, dtype: DType, device: &Device) -> Result<Self> {
         // SAFETY: mapping is sound as long as nobody truncates or rewrites the file while it is open; a checkpoint in use
         // is read-only by contract (see the crate's documentation), as in every runtime that maps weights.
         let file = unsafe { MmapedSafetensors::new(path) }
@@ -73,17 +93,35 @@ impl Checkpoint {
         names
     }
 
-    /// The first tensor by name that holds NaN or infinity as delivered.
-    pub fn first_non_finite(&self) -> Result<Option<String>> {
-        for name in self.names() {
-            let failed = |e| Error::file(&self.path, format!("tensor `{name}`: {e}"));
-            // 0 when every value is finite, NaN otherwise.
-            let zero = self.load(&name).and_then(|t| (t * 0.)?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>());
-            if zero.map_err(failed)?.is_nan() {
-                return Ok(Some(name));
+    /// The names that were neither taken nor ignored so far, sorted.
+    pub fn unclaimed(&self) -> Vec<String> {
+        let taken = self.taken.borrow();
+        self.names().into_iter().filter(|name| !taken.contains(name)).collect()
+    }
+
+    /// The texts in a safetensors header's `__metadata__`; none for a pickle.
+    pub fn metadata(&self) -> Result<BTreeMap<String, String>> {
+        match self.source {
+            Source::Mapped(_) => header_metadata(&self.path),
+            Source::Loaded(_) => Ok(BTreeMap::new()),
+        }
+    }
+
+    /// A tensor as it is stored. Panics when the file has none of that name.
+    pub fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
+        match &self.source {
+            Source::Mapped(file) => {
+                let view = file.get(name).expect("a name of the file");
+                let (dtype, shape) = (view.dtype(), view.shape().to_vec());
+                Ok(RawTensor { dtype, shape, data: Cow::Borrowed(view.data()) })
+            }
+            Source::Loaded(tensors) => {
+                let (tensor, mut data) = (&tensors[name], Vec::new());
+                tensor.write_bytes(&mut data)?;
+                let (dtype, shape) = (tensor.dtype().into(), tensor.dims().to_vec());
+                Ok(RawTensor { dtype, shape, data: Cow::Owned(data) })
             }
         }
-        Ok(None)
     }
 
     /// Marks a tensor as known although no layer reads it (buffers that old files carry, such as `position_ids`).
@@ -98,9 +136,7 @@ impl Checkpoint {
 
     /// Succeeds when every tensor in the file was taken or ignored.
     pub fn finish(self) -> Result<()> {
-        let names = self.names();
-        let taken = self.taken.borrow();
-        let left: Vec<_> = names.into_iter().filter(|name| !taken.contains(name)).collect();
+        let left = self.unclaimed();
         match left.first() {
             None => Ok(()),
             Some(name) => Err(Error::UnexpectedTensor {
@@ -119,13 +155,69 @@ impl Checkpoint {
         }
     }
 
-    fn load(&self, name: &str) -> candle_core::Result<Tensor> {
-        match &self.source {
-            Source::Mapped(file) => file.load(name, &self.device)?,
-            Source::Loaded(tensors) => tensors[name].to_device(&self.device)?,
+    /// As delivered. One NaN or infinity among the weights would spoil every picture, so such a tensor is refused.
+    fn load(&self, name: &str) -> Result<Tensor> {
+        let load = || -> candle_core::Result<(Tensor, bool)> {
+            let tensor = match &self.source {
+                Source::Mapped(file) => file.load(name, &Device::Cpu)?,
+                Source::Loaded(tensors) => tensors[name].clone(),
+            };
+            let tensor = tensor.to_dtype(self.dtype)?;
+            let finite = is_finite(&tensor)?;
+            Ok((tensor.to_device(&self.device)?, finite))
+        };
+        match load() {
+            Ok((tensor, true)) => Ok(tensor),
+            Ok((_, false)) => {
+                let message = format!("tensor `{name}` holds NaN or infinity as {:?}", self.dtype);
+                Err(Error::file(&self.path, message))
+            }
+            Err(error) => Err(Error::file(&self.path, format!("tensor `{name}`: {error}"))),
         }
-        .to_dtype(self.dtype)
     }
+}
+
+/// A tensor as it is stored in a file.
+#[derive(Clone, Debug)]
+pub struct RawTensor<'a> {
+    /// The type of its elements.
+    pub dtype: safetensors::Dtype,
+    /// Its extents.
+    pub shape: Vec<usize>,
+    /// Row-major, little-endian.
+    pub data: Cow<'a, [u8]>,
+}
+
+/// Opens a file that can be mapped: reading from a pipe or a device could wait for ever.
+fn open_regular(path: &Path) -> Result<File> {
+    let kind = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+    if !kind.is_file() {
+        let what = if kind.is_dir() { "a folder" } else { "not a regular file" };
+        return Err(Error::file(path, format!("{what}; expected a file of weights")));
+    }
+    File::open(path).map_err(|e| Error::io(path, e))
+}
+
+/// `__metadata__` of a safetensors file, of which no more than the header is read.
+fn header_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
+    #[derive(Deserialize)]
+    struct Header {
+        #[serde(rename = "__metadata__", default)]
+        metadata: BTreeMap<String, String>,
+    }
+    let mut file = open_regular(path)?;
+    let size = file.metadata().map_err(|e| Error::io(path, e))?.len();
+    let mut length = [0; 8];
+    file.read_exact(&mut length).map_err(|e| Error::io(path, e))?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER || length > size - 8 {
+        let limit = MAX_HEADER.min(size - 8);
+        return Err(Error::file(path, format!("a safetensors header of {length} bytes, over the limit of {limit}")));
+    }
+    let mut header = vec![0; length as usize];
+    file.read_exact(&mut header).map_err(|e| Error::io(path, e))?;
+    let header: Header = serde_json::from_slice(&header).map_err(|e| Error::file(path, e))?;
+    Ok(header.metadata)
 }
 
 /// A place in the checkpoint's name tree, such as `down_blocks.0.resnets.1`.
@@ -176,7 +268,7 @@ impl Scope<'_> {
         if found != shape {
             return Err(Error::TensorShape { path: path(), name, expected: shape.to_vec(), found });
         }
-        let tensor = self.checkpoint.load(&name).map_err(|e| Error::file(path(), format!("tensor `{name}`: {e}")))?;
+        let tensor = self.checkpoint.load(&name)?;
         self.checkpoint.taken.borrow_mut().insert(name);
         let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
         self.checkpoint.taken_bytes.set(self.checkpoint.taken_bytes.get() + bytes as u64);

@@ -8,7 +8,10 @@ mod checkpoint;
 mod config;
 mod device;
 mod error;
+mod finite;
 mod layers;
+pub mod lora;
+mod pickle;
 mod pipeline;
 pub mod scheduler;
 #[cfg(test)]
@@ -17,10 +20,11 @@ pub mod text;
 mod unet;
 mod vae;
 
-pub use checkpoint::{Checkpoint, Scope};
+pub use checkpoint::{Checkpoint, RawTensor, Scope};
 pub use device::{device, dtype};
 pub use error::{Error, Result};
 pub use layers::timestep_sinusoid;
+pub use lora::LoraEntry;
 pub use pipeline::{Pipeline, TextModel};
-pub use unet::{LoraEntry, Tap, Tape, TextKeys, UNet, UNetConfig};
+pub use unet::{Tap, Tape, TextKeys, UNet, UNetConfig};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

@@ -13,9 +13,9 @@ pub const SCHEMA: &str = include_str!("config.schema.json");
 pub struct Config {
     /// Adapter weights in the released names: safetensors, or a PyTorch pickle.
     pub adapter: PathBuf,
-    /// LoRA weights. Absent: those in the adapter's file, if it has any.
+    /// LoRA weights, one file or several, stacked. Absent: those in the adapter's file, if it has any.
     #[serde(default)]
-    pub lora: Option<PathBuf>,
+    pub lora: Option<LoraChoices>,
     /// Multiplies every LoRA entry.
     #[serde(default = "one")]
     pub lora_strength: f64,
@@ -61,6 +61,62 @@ pub struct Config {
     /// Compute the score also in steps that are not corrected, to report it.
     #[serde(default)]
     pub monitor: bool,
+}
+
+/// A file of LoRA weights, in the released names, PEFT's or kohya's.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "LoraText")]
+pub struct LoraChoice {
+    /// Safetensors, or a PyTorch pickle.
+    pub path: PathBuf,
+    /// Multiplies its entries.
+    pub strength: f64,
+}
+
+/// One file or several.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(untagged, expecting = "a LoRA is a path, {\"path\", \"strength\"}, or a list of these")]
+pub enum LoraChoices {
+    /// One.
+    One(LoraChoice),
+    /// Several.
+    Several(Vec<LoraChoice>),
+}
+
+impl LoraChoices {
+    /// All of them.
+    pub fn list(&self) -> &[LoraChoice] {
+        match self {
+            Self::One(choice) => std::slice::from_ref(choice),
+            Self::Several(choices) => choices,
+        }
+    }
+}
+
+/// How a configuration writes a [`LoraChoice`].
+#[derive(Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+enum LoraText {
+    Path(PathBuf),
+    Full {
+        path: PathBuf,
+        #[serde(default = "one")]
+        strength: f64,
+    },
+}
+
+impl TryFrom<LoraText> for LoraChoice {
+    type Error = String;
+
+    fn try_from(text: LoraText) -> std::result::Result<Self, String> {
+        match text {
+            LoraText::Path(path) => Ok(Self { path, strength: 1. }),
+            LoraText::Full { path, strength } if strength.is_finite() => Ok(Self { path, strength }),
+            LoraText::Full { strength, .. } => {
+                Err(format!("a LoRA's strength is {strength}, expected a finite number"))
+            }
+        }
+    }
 }
 
 /// Who computes U-Net features and their gradient.

@@ -11,14 +11,13 @@ mod correct;
 mod error;
 mod lora;
 mod params;
-mod pickle;
 mod plugin;
 mod score;
 mod source;
 mod text;
 
 pub use adapter::{Adapter, AdapterSizes, Grounding, SizeHints};
-pub use config::{Config, GradientSource, SCHEMA};
+pub use config::{Config, GradientSource, LoraChoice, LoraChoices, SCHEMA};
 pub use correct::{correction, norm};
 pub use error::{Error, Result};
 pub use plugin::DptPlugin;

@@ -1,51 +1,38 @@
-//! LoRA in the released names: `unet.<path>.attn{1,2}.processor.to_{q,k,v,out}_lora.{down,up}.weight`, scale 1.
+//! The low-rank weights that the plugin brings: those in the adapter's file, or those of other files, stacked.
 
-use candle_core::Tensor;
-use diffusion::{Checkpoint, LoraEntry};
+use candle_core::Device;
+use diffusion::LoraEntry;
+use diffusion::lora::{LoraFile, stack};
+use host_api::plugin::HostHandle;
 
+use crate::config::LoraChoice;
 use crate::{Error, Result};
 
-/// Takes every LoRA entry out of a checkpoint, sorted by module, each multiplied by `strength`.
-pub(crate) fn load(checkpoint: &Checkpoint, strength: f64) -> Result<Vec<LoraEntry>> {
-    let mut entries = Vec::new();
-    for name in checkpoint.names() {
-        let Some(stem) = name.strip_suffix(".down.weight").filter(|stem| stem.starts_with("unet.")) else { continue };
-        let Some(module) = module(stem) else {
-            let message = format!("tensor `{name}` is not in the released LoRA names");
-            return Err(Error::file(checkpoint.path(), message));
-        };
-        let down = matrix(checkpoint, &name)?;
-        let up = matrix(checkpoint, &format!("{stem}.up.weight"))?;
-        let (rank, expected) = (up.dim(1)?, down.dim(0)?);
-        if rank != expected {
-            let message = format!("`{module}`: the LoRA's up factor has rank {rank}, its down factor {expected}");
-            return Err(Error::file(checkpoint.path(), message));
+/// Reads every chosen file, multiplies its entries by its strength and by that of the whole, and makes one entry per module of
+/// them. What is not applied is told to the host's user.
+pub(crate) fn load(choices: &[LoraChoice], device: &Device, host: &HostHandle) -> Result<Vec<(Vec<LoraEntry>, f64)>> {
+    let load = |choice: &LoraChoice| -> Result<_> {
+        let file = LoraFile::open(&choice.path, device)?;
+        warn(&file, host);
+        if file.entries.is_empty() {
+            return Err(Error::file(&choice.path, "holds no LoRA weights for the U-Net's attention"));
         }
-        entries.push(LoraEntry { module, down, up, scale: strength });
-    }
-    Ok(entries)
-}
-
-/// `unet.<path>.processor.to_out_lora` to `<path>.to_out.0`, the diffusers path of the weight it changes.
-fn module(stem: &str) -> Option<String> {
-    let (attention, projection) = stem.strip_prefix("unet.")?.split_once(".processor.")?;
-    let projection = match projection.strip_suffix("_lora")? {
-        "to_out" => "to_out.0",
-        projection @ ("to_q" | "to_k" | "to_v") => projection,
-        _ => return None,
+        Ok((file.entries, choice.strength))
     };
-    Some(format!("{attention}.{projection}"))
+    choices.iter().map(load).collect()
 }
 
-fn matrix(checkpoint: &Checkpoint, name: &str) -> Result<Tensor> {
-    let root = checkpoint.root();
-    match root.shape(name).as_deref() {
-        Some(shape @ [rows, columns]) if *rows > 0 && *columns > 0 => Ok(root.tensor(name, shape)?),
-        Some(found) => {
-            Err(Error::file(checkpoint.path(), format!("tensor `{name}` has shape {found:?}, expected a matrix")))
-        }
-        None => Err(Error::file(checkpoint.path(), format!("tensor `{name}` is missing"))),
+/// Tells the host's user what of a file is not applied.
+pub(crate) fn warn(file: &LoraFile, host: &HostHandle) {
+    if let Some(warning) = file.warning() {
+        host.log(log::Level::Warn, &warning);
     }
+}
+
+/// Several files as one set of entries, all multiplied by `strength`.
+pub(crate) fn combine(files: Vec<(Vec<LoraEntry>, f64)>, strength: f64) -> Result<Vec<LoraEntry>> {
+    let scaled: Vec<_> = files.into_iter().map(|(entries, own)| (entries, own * strength)).collect();
+    Ok(stack(&scaled)?)
 }
 
 /// The entries as the ABI's extension hands them to hosts.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use diffusion::lora::LoraFile;
 use diffusion::{LoraEntry, TextModel, UNet, UNetConfig};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
 use host_api::{Descriptor, Model, Needs, Outcome, Prediction, Report, Run, Space, Step};
@@ -111,16 +112,16 @@ impl DptPlugin {
         diffusion::dtype(&config.dtype).map_err(unknown_name)?;
         let file = checkpoint::open(&config.adapter, &device)?;
         let adapter = checkpoint::load_adapter(&file, config.hints())?;
-        let mut lora_entries = lora::load(&file, config.lora_strength)?;
-        checkpoint::finish(file)?;
-        if let Some(path) = &config.lora {
-            let file = checkpoint::open(path, &device)?;
-            lora_entries = lora::load(&file, config.lora_strength)?;
-            checkpoint::finish(file)?;
-            if lora_entries.is_empty() {
-                return Err(Error::file(path, "holds no LoRA weights"));
+        let own = LoraFile::read(&file)?;
+        file.finish()?;
+        let files = match &config.lora {
+            None => {
+                lora::warn(&own, &host);
+                vec![(own.entries, 1.)]
             }
-        }
+            Some(choices) => lora::load(choices.list(), &device, &host)?,
+        };
+        let lora_entries = lora::combine(files, config.lora_strength)?;
         let lora = Arc::new(lora::for_hosts(&lora_entries)?);
         Ok(Self { host, config, device, params, adapter, lora_entries, lora, prepared: None, conditioning: None })
     }

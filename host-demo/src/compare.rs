@@ -203,7 +203,7 @@ impl Compare {
             "model": loaded.folder, "plugin": loaded.plugin.as_ref().map(|choice| &choice.library),
             "config": loaded.plugin.as_ref().map(|choice| &choice.config), "negative": request.negative,
             "scheduler": request.scheduler.name(), "mode": request.mode.name(), "steps": request.steps,
-            "guidance": request.guidance, "width": width * scale, "height": height * scale,
+            "guidance": request.guidance, "lora": loaded.lora, "width": width * scale, "height": height * scale,
             "device": self.model.device, "dtype": self.model.dtype,
         }))
     }

@@ -130,6 +130,7 @@ impl Generate {
             image: self.image.as_deref().map(path),
             strength: self.image.is_some().then_some(self.strength),
             prompt_at: self.prompt_at.iter().map(|switch| (switch.from, switch.prompt.clone())).collect(),
+            lora: loaded.lora.clone(),
             device: self.model.device.clone(),
             dtype: self.model.dtype.clone(),
         })

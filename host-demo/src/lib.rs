@@ -24,7 +24,7 @@ pub use image::Rgb;
 pub use memory::peak_bytes;
 pub use noise::{latents_from_file, seeded_noise};
 pub use output::{check_output, write_whole};
-pub use report::{ItemRecord, Report, Seconds, Settings, StepRecord};
+pub use report::{ItemRecord, LoraRecord, Report, Seconds, Settings, StepRecord};
 pub use request::{Mode, PromptSwitch, Request, StartImage};
 pub use run::RunOutcome;
 pub use session::{PluginChoice, Session};

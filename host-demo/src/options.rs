@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use diffusion::scheduler::Scheduler;
-use host_demo::{Error, Mode, PluginChoice, Request, Result, Session, default_model, write_whole};
+use host_demo::{Error, LoraRecord, Mode, PluginChoice, Request, Result, Session, default_model, write_whole};
 use indicatif::ProgressStyle;
 use serde::Serialize;
 
@@ -39,6 +39,9 @@ pub(crate) struct ModelOptions {
     /// Whose U-Net computes the gradient
     #[arg(long, value_enum)]
     pub(crate) gradient: Option<GradientSource>,
+    /// LoRA weights of the host's own, merged before the plugin's; may be given several times [strength: 1]
+    #[arg(long, value_name = "FILE[:STRENGTH]", value_parser = parse_lora)]
+    pub(crate) lora: Vec<(PathBuf, f64)>,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
@@ -47,12 +50,24 @@ pub(crate) struct ModelOptions {
     pub(crate) dtype: String,
 }
 
+/// `a.safetensors:0.5`; a colon that no number follows is part of the name.
+fn parse_lora(text: &str) -> std::result::Result<(PathBuf, f64), String> {
+    let split = text.rsplit_once(':').and_then(|(path, strength)| Some((path, strength.parse::<f64>().ok()?)));
+    let (path, strength) = split.unwrap_or((text, 1.));
+    if path.is_empty() || !strength.is_finite() {
+        return Err(format!("`{text}`: expected FILE or FILE:STRENGTH with a finite number"));
+    }
+    Ok((path.into(), strength))
+}
+
 /// A loaded model, and what the defaults made of the options.
 pub(crate) struct Loaded {
     pub(crate) session: Session,
     pub(crate) folder: PathBuf,
     pub(crate) device: candle_core::Device,
     pub(crate) plugin: Option<PluginChoice>,
+    /// The host's own LoRA files.
+    pub(crate) lora: Vec<LoraRecord>,
     /// Whether it is the model that comes with this program.
     pub(crate) shipped: bool,
 }
@@ -68,8 +83,10 @@ impl ModelOptions {
         let device = diffusion::device(&self.device)?;
         let dtype = diffusion::dtype(&self.dtype)?;
         let plugin = with_plugin.then(|| self.plugin_choice(&folder, shipped)).transpose()?;
-        let session = Session::load(&folder, dtype, &device, plugin.as_ref())?;
-        Ok(Loaded { session, folder, device, plugin, shipped })
+        let mut session = Session::load(&folder, dtype, &device, plugin.as_ref())?;
+        let lora = session.set_lora(&self.lora)?;
+        let lora = self.lora.iter().zip(lora).map(|((path, strength), file)| LoraRecord::new(path, *strength, &file));
+        Ok(Loaded { session, folder, device, plugin, shipped, lora: lora.collect() })
     }
 }
 

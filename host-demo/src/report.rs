@@ -1,5 +1,8 @@
 //! What a run did, as JSON.
 
+use std::path::Path;
+
+use diffusion::lora::LoraFile;
 use host_api::{ItemReport, Outcome, Status};
 use serde::Serialize;
 
@@ -26,8 +29,32 @@ pub struct Settings {
     pub strength: Option<f64>,
     /// Prompts from a share of the schedule on.
     pub prompt_at: Vec<(f64, String)>,
+    /// The host's own LoRA files.
+    pub lora: Vec<LoraRecord>,
     pub device: String,
     pub dtype: String,
+}
+
+/// A LoRA file of the host's own.
+#[derive(Debug, Clone, Serialize)]
+pub struct LoraRecord {
+    /// The file.
+    pub path: String,
+    /// Multiplies its entries.
+    pub strength: f64,
+    /// Attention projections that it changes.
+    pub entries: usize,
+    /// Modules that it would change too, which are left as they are, with the reason.
+    pub not_applied: Vec<(String, &'static str)>,
+}
+
+impl LoraRecord {
+    /// What `file`, read from `path`, brings.
+    pub fn new(path: &Path, strength: f64, file: &LoraFile) -> Self {
+        let not_applied = file.not_applied.iter().map(|left| (left.module.clone(), left.reason));
+        let path = path.display().to_string();
+        Self { path, strength, entries: file.entries.len(), not_applied: not_applied.collect() }
+    }
 }
 
 /// A run from beginning to end.

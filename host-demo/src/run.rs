@@ -33,15 +33,15 @@ impl Session {
         observe: &mut dyn FnMut(&Tensor, Option<&StepRecord>),
     ) -> Result<RunOutcome> {
         let started = Instant::now();
-        let lora_entries = if request.plugin_lora { self.merge_plugin_lora()? } else { 0 };
+        let brought = if request.plugin_lora { self.plugin_lora()? } else { Vec::new() };
+        let merged = [self.lora.clone(), brought.clone()].concat();
+        self.host.unet().merge_lora(&merged, 1.)?;
         let lora = started.elapsed().as_secs_f64();
         let result = self.sample(request, observe);
         let restoring = Instant::now();
-        if lora_entries > 0 {
-            self.host.unet().restore_lora();
-        }
+        self.host.unet().restore_lora();
         let mut outcome = result?;
-        outcome.lora_entries = lora_entries;
+        outcome.lora_entries = brought.len();
         outcome.seconds.load = self.load_seconds;
         outcome.seconds.lora = lora + restoring.elapsed().as_secs_f64();
         Ok(outcome)
@@ -65,25 +65,21 @@ impl Session {
         Ok(lora.map_or(0, |lora| lora.count() as usize))
     }
 
-    /// Merges the plugin's low-rank weights into the U-Net; returns how many there are.
-    fn merge_plugin_lora(&mut self) -> Result<usize> {
-        let Some(plugin) = &self.plugin else { return Ok(0) };
-        let Some(lora) = plugin.lora().map_err(Error::plugin("LoRA"))? else { return Ok(0) };
+    /// The low-rank weights that the plugin brings.
+    fn plugin_lora(&self) -> Result<Vec<LoraEntry>> {
+        let Some(plugin) = &self.plugin else { return Ok(Vec::new()) };
+        let Some(lora) = plugin.lora().map_err(Error::plugin("LoRA"))? else { return Ok(Vec::new()) };
         let entries = lora.entries().map_err(Error::plugin("LoRA"))?;
-        let mut unet = self.host.unet();
+        let device = self.host.unet().device().clone();
         let entry = |entry: host_api::plugin::LoraEntry| -> Result<LoraEntry> {
             Ok(LoraEntry {
-                down: Tensor::from_vec(entry.down, (entry.rank, entry.in_features), unet.device())?,
-                up: Tensor::from_vec(entry.up, (entry.out_features, entry.rank), unet.device())?,
+                down: Tensor::from_vec(entry.down, (entry.rank, entry.in_features), &device)?,
+                up: Tensor::from_vec(entry.up, (entry.out_features, entry.rank), &device)?,
                 module: entry.module,
                 scale: entry.scale,
             })
         };
-        let entries = entries.into_iter().map(entry).collect::<Result<Vec<_>>>()?;
-        if !entries.is_empty() {
-            unet.merge_lora(&entries, 1.)?;
-        }
-        Ok(entries.len())
+        entries.into_iter().map(entry).collect()
     }
 
     fn sample(

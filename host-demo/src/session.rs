@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device};
+use diffusion::lora::{LoraFile, stack};
 use diffusion::scheduler::{NoiseSchedule, Prediction, Scheduler, SchedulerConfig};
-use diffusion::{Pipeline, TextModel, Vae};
+use diffusion::{LoraEntry, Pipeline, TextModel, Vae};
 use host_api::Model;
 use host_api::host::{Instance, Library};
 use serde_json::Value;
@@ -30,6 +31,8 @@ pub struct Session {
     pub(crate) scheduler: SchedulerConfig,
     pub(crate) host: Arc<DemoHost>,
     pub(crate) plugin: Option<Instance>,
+    /// The host's own LoRA weights, which every run merges before the plugin's.
+    pub(crate) lora: Vec<LoraEntry>,
     /// Seconds that loading took.
     pub load_seconds: f64,
 }
@@ -73,7 +76,8 @@ impl Session {
                 Some(instance)
             }
         };
-        Ok(Self { text, vae, scheduler, host, plugin, load_seconds: started.elapsed().as_secs_f64() })
+        let load_seconds = started.elapsed().as_secs_f64();
+        Ok(Self { text, vae, scheduler, host, plugin, lora: Vec::new(), load_seconds })
     }
 
     /// Sets a live parameter of the plugin.
@@ -82,6 +86,24 @@ impl Session {
         let params = plugin.params().map_err(Error::plugin("parameters"))?;
         let params = params.ok_or_else(|| Error::Request("the plugin has no parameters".into()))?;
         params.set(name, value).map_err(Error::plugin(format_args!("set `{name}`")))
+    }
+
+    /// Takes the host's own LoRA files, each with a strength, in place of those it had. Fails, and changes nothing, when one
+    /// cannot be read or does not fit the U-Net. Returns what of each is not applied.
+    pub fn set_lora(&mut self, files: &[(PathBuf, f64)]) -> Result<Vec<LoraFile>> {
+        let mut unet = self.host.unet();
+        let open = |(path, _): &(PathBuf, f64)| -> Result<LoraFile> { Ok(LoraFile::open(path, unet.device())?) };
+        let opened = files.iter().map(open).collect::<Result<Vec<_>>>()?;
+        for warning in opened.iter().filter_map(LoraFile::warning) {
+            log::warn!("{warning}");
+        }
+        let with_strength = opened.iter().zip(files).map(|(file, (_, strength))| (file.entries.clone(), *strength));
+        let lora = stack(&with_strength.collect::<Vec<_>>())?;
+        unet.merge_lora(&lora, 1.)?;
+        unet.restore_lora();
+        drop(unet);
+        self.lora = lora;
+        Ok(opened)
     }
 
     /// The sampler that the model's configuration names, where it is one of those that are implemented; DDIM, which every

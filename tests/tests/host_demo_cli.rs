@@ -44,7 +44,7 @@ fn a_picture_carries_its_settings_and_a_report_tells_the_rest() {
         "prompt": "näive ☃ circle", "negative": "", "model": null, "plugin": null,
         "config": {"adapter": adapter, "eta": 2., "monitor": true}, "scheduler": "ddim", "mode": "paper", "steps": 3, "guidance": 3.5,
         "seed": 5, "batch": 1, "width": 64, "height": 64, "latents": null, "image": null, "strength": null, "prompt_at": [],
-        "device": "cpu", "dtype": "f32",
+        "lora": [], "device": "cpu", "dtype": "f32",
     });
     assert_eq!(settings, expected);
 
@@ -192,6 +192,34 @@ fn a_picture_is_changed_by_the_strength() {
     assert!(first.distance(&second) > 0 && first.settings()["prompt_at"] == json!([[0.5, "a blue square"]]));
 }
 
+/// The host's own LoRA counts as the plugin's would, and its share that is not applied is reported.
+#[test]
+fn the_hosts_own_lora_is_merged() {
+    let folder = scratch("cli_lora");
+    let (model, kohya) = (committed("sd1-tiny"), committed("sd1-cases/lora_kohya.safetensors"));
+    let header = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity-more/lora_peft_header.safetensors");
+    let base = ["--model", model.to_str().unwrap(), "--size", "64x64", "--no-plugin"];
+    let of = |name: &str, more: &[&str]| draw(&folder, name, &[&base[..], more].concat());
+    let plain = of("plain.png", &[]);
+    let (kohya, header) = (kohya.to_str().unwrap(), header.to_str().unwrap());
+    let both = ["--lora", &format!("{kohya}:0.5"), "--lora", header, "--report", "report.json"];
+    assert!(of("both.png", &both).distance(&plain) > 0);
+    assert_eq!(of("none.png", &["--lora", &format!("{kohya}:0")]).distance(&plain), 0);
+    let report: Value = serde_json::from_slice(&std::fs::read(folder.join("report.json")).unwrap()).unwrap();
+    let left = "mid_block.attentions.0.transformer_blocks.0.ff.net.2";
+    let expected = json!([
+        {"path": kohya, "strength": 0.5, "entries": 4, "not_applied": []},
+        {"path": header, "strength": 1.0, "entries": 3, "not_applied": [[left, "feed-forward"]]},
+    ]);
+    assert_eq!(report["settings"]["lora"], expected);
+    let done = generate(&folder, &[&["--prompt", PROMPT, "--steps", "2", "--lora", header][..], &base].concat());
+    assert!(String::from_utf8_lossy(&done.stderr).contains("(feed-forward)"));
+    // The shipped model has other modules.
+    let done = generate(&folder, &["--prompt", PROMPT, "--lora", kohya]);
+    let message = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.code() == Some(1) && message.contains("no attention projection"), "{message}");
+}
+
 #[test]
 fn what_cannot_be_done_is_said_and_leaves_nothing() {
     let folder = scratch("cli_refusals");
@@ -243,6 +271,9 @@ fn what_cannot_be_done_is_said_and_leaves_nothing() {
     refused(2, &["--mode", "both"], &["'both'", "paper, condition-only"]);
     refused(2, &["--prompt-at", "2=a"], &["`2=a`", "SHARE=PROMPT"]);
     refused(2, &["--prompt-at", "a blue square"], &["SHARE=PROMPT"]);
+    refused(1, &["--lora", "absent.safetensors:2"], &["absent.safetensors: No such file"]);
+    refused(1, &["--lora", "broken.json"], &["broken.json", "not a readable safetensors file"]);
+    refused(2, &["--lora", ":2"], &["`:2`", "FILE:STRENGTH"]);
     refused(2, &["--strength", "0.5"], &["--image"]);
     refused(1, &["--image", "absent.png"], &["absent.png"]);
     refused(1, &["--image", "broken.json"], &["broken.json", "not a readable PNG"]);

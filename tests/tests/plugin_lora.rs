@@ -159,3 +159,39 @@ fn a_lora_of_its_own_replaces_the_adapters() {
     let error = create(plain(), &host_config(json!({"lora": alone}))).unwrap_err();
     assert!(error.status == Status::InvalidData && error.message.contains("adapter.safetensors"), "{error}");
 }
+
+/// Files in other layouts, with strengths of their own; each module comes once.
+#[test]
+fn several_files_are_stacked() {
+    let (alone, release) = split(&scratch("plugin_lora_stack"), 1.);
+    let kohya = tests::committed("sd1-cases/lora_kohya.safetensors");
+    let peft = tests::committed("sd1-cases/lora_peft.safetensors");
+    let of = |more: Value| {
+        let entries = lora(more).entries().unwrap();
+        let product = |entry: &host_api::plugin::LoraEntry| {
+            let factor =
+                |values: &[f32], rows, columns| Tensor::from_slice(values, (rows, columns), &Device::Cpu).unwrap();
+            let down = factor(&entry.down, entry.rank, entry.in_features);
+            (factor(&entry.up, entry.out_features, entry.rank).matmul(&down).unwrap() * entry.scale).unwrap()
+        };
+        entries.iter().map(|entry| (entry.module.clone(), product(entry))).collect::<HashMap<_, _>>()
+    };
+    let own = of(json!({}));
+    let other = of(json!({"adapter": alone, "lora": kohya}));
+    let both = json!([{"path": peft, "strength": 0.5}, release]);
+    let stacked = of(json!({"adapter": alone, "lora": both, "lora_strength": 2}));
+    assert_eq!((other.len(), stacked.len()), (4, own.len()));
+    for (module, product) in &stacked {
+        let expected = (&own[module] * 2.).unwrap();
+        let expected = other.get(module).map_or(Ok(expected.clone()), |other| &expected + other).unwrap();
+        assert_close(module, product, &expected, 1e-5);
+    }
+    for (wrong, named) in [
+        (json!({"path": "a", "strengt": 1}), "a LoRA is a path"),
+        (json!([{"strength": 1}]), "a LoRA is a path"),
+        (json!(3), "a LoRA is a path"),
+    ] {
+        let error = create(plain(), &host_config(json!({"lora": wrong}))).unwrap_err();
+        assert!(error.status == Status::InvalidConfig && error.message.contains(named), "{error}");
+    }
+}

@@ -8,20 +8,8 @@ use candle_core::Tensor;
 use super::attention::Attention;
 use super::{UNet, new_revision};
 use crate::layers::statistics_dtype;
+use crate::lora::LoraEntry;
 use crate::{Error, Result};
-
-/// One low-rank change.
-#[derive(Debug, Clone)]
-pub struct LoraEntry {
-    /// Dotted path of the projection, such as `mid_block.attentions.0.transformer_blocks.0.attn2.to_k`.
-    pub module: String,
-    /// `[rank, in]`.
-    pub down: Tensor,
-    /// `[out, rank]`.
-    pub up: Tensor,
-    /// alpha / rank; 1 without alpha.
-    pub scale: f64,
-}
 
 /// The original weights of the projections that are changed now.
 #[derive(Default)]

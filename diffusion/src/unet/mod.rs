@@ -20,7 +20,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{DType, Device, Tensor};
 
 pub use config::UNetConfig;
-pub use lora::LoraEntry;
 pub use tap::Tap;
 pub use text::TextKeys;
 
