@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,8 @@ pub struct Checkpoint {
     path: PathBuf,
     dtype: DType,
     device: Device,
-    taken: RefCell<BTreeSet<String>>,
+    /// Names that a layer has taken, with what it got, or that are known to be of no use.
+    taken: RefCell<BTreeMap<String, Option<Tensor>>>,
     taken_bytes: Cell<u64>,
 }
 
@@ -96,7 +97,7 @@ impl Checkpoint {
     /// The names that were neither taken nor ignored so far, sorted.
     pub fn unclaimed(&self) -> Vec<String> {
         let taken = self.taken.borrow();
-        self.names().into_iter().filter(|name| !taken.contains(name)).collect()
+        self.names().into_iter().filter(|name| !taken.contains_key(name)).collect()
     }
 
     /// The texts in a safetensors header's `__metadata__`; none for a pickle.
@@ -126,12 +127,16 @@ impl Checkpoint {
 
     /// Marks a tensor as known although no layer reads it (buffers that old files carry, such as `position_ids`).
     pub fn ignore(&self, name: &str) {
-        self.taken.borrow_mut().insert(name.to_owned());
+        self.taken.borrow_mut().entry(name.to_owned()).or_default();
     }
 
     /// The same for every tensor whose name starts with `prefix`.
     pub fn ignore_below(&self, prefix: &str) {
-        self.taken.borrow_mut().extend(self.names().into_iter().filter(|name| name.starts_with(prefix)));
+        let below = self.names().into_iter().filter(|name| name.starts_with(prefix));
+        let mut taken = self.taken.borrow_mut();
+        below.for_each(|name| {
+            taken.entry(name).or_default();
+        });
     }
 
     /// Succeeds when every tensor in the file was taken or ignored.
@@ -269,10 +274,17 @@ impl Scope<'_> {
             return Err(Error::TensorShape { path: path(), name, expected: shape.to_vec(), found });
         }
         let tensor = self.checkpoint.load(&name)?;
-        self.checkpoint.taken.borrow_mut().insert(name);
+        self.checkpoint.taken.borrow_mut().insert(name, Some(tensor.clone()));
         let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
         self.checkpoint.taken_bytes.set(self.checkpoint.taken_bytes.get() + bytes as u64);
         Ok(tensor)
+    }
+
+    /// The tensors taken from the checkpoint so far, as delivered, by their full names. They share the memory of those that
+    /// the layers hold.
+    pub fn taken(&self) -> BTreeMap<String, Tensor> {
+        let taken = self.checkpoint.taken.borrow();
+        taken.iter().filter_map(|(name, tensor)| Some((name.clone(), tensor.clone()?))).collect()
     }
 
     /// Bytes of the tensors taken from the checkpoint so far, as delivered.

@@ -26,5 +26,5 @@ pub use error::{Error, Result};
 pub use layers::timestep_sinusoid;
 pub use lora::LoraEntry;
 pub use pipeline::{Pipeline, TextModel};
-pub use unet::{Tap, Tape, TextKeys, UNet, UNetConfig};
+pub use unet::{Tap, Tape, TextKeys, UNet, UNetConfig, Weight};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

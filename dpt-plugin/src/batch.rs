@@ -31,6 +31,11 @@ impl Batch {
         Ok(batch)
     }
 
+    /// A batch of which only rows of features and text are looked at.
+    pub(crate) fn without_latents(items: usize) -> Self {
+        Self { values: Vec::new(), spoilt: vec![false; items] }
+    }
+
     /// All items in row-major order.
     pub(crate) fn values(&self) -> &[f32] {
         &self.values

@@ -22,7 +22,8 @@ pub struct Config {
     /// A diffusers folder of the model that is sampled, where the plugin computes the gradient with its own U-Net.
     #[serde(default)]
     pub base_model: Option<PathBuf>,
-    /// Who computes features and gradient. Absent: the plugin when there is a `base_model`, else the host.
+    /// Who computes features and gradient. Absent: the plugin when there is a `base_model`, else the host through what it
+    /// lends, its gradient before its weights.
     #[serde(default)]
     pub gradient: Option<GradientSource>,
     /// The U-Net block that the adapter reads, where its file does not say.
@@ -127,6 +128,22 @@ pub enum GradientSource {
     Host,
     /// The plugin's own U-Net, loaded up to the tap from `base_model`.
     Plugin,
+    /// The plugin's own U-Net on the host's weights, through its `weights/1` extension.
+    Weights,
+    /// The host, which calls the plugin's `split/1` extension instead of `step`.
+    Split,
+}
+
+impl GradientSource {
+    /// As it is written in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Plugin => "plugin",
+            Self::Weights => "weights",
+            Self::Split => "split",
+        }
+    }
 }
 
 fn one() -> f64 {
@@ -157,7 +174,7 @@ impl Config {
             return Err(Error::Config("it is empty; at least `adapter` must be given".into()));
         }
         let config: Self = serde_json::from_str(json).map_err(|e| Error::Config(e.to_string()))?;
-        if config.source() == GradientSource::Plugin && config.base_model.is_none() {
+        if config.gradient == Some(GradientSource::Plugin) && config.base_model.is_none() {
             return Err(Error::Config("`gradient` is \"plugin\", which needs a `base_model`".into()));
         }
         if !config.lora_strength.is_finite() {
@@ -167,12 +184,6 @@ impl Config {
             )));
         }
         Ok(config)
-    }
-
-    /// Who computes the gradient.
-    pub fn source(&self) -> GradientSource {
-        let default = if self.base_model.is_some() { GradientSource::Plugin } else { GradientSource::Host };
-        self.gradient.unwrap_or(default)
     }
 
     /// What the configuration says of the adapter's sizes.
@@ -255,7 +266,12 @@ mod tests {
             let config = json!({"adapter": "a", "base_model": "b", "gradient": source});
             sources.push(Config::parse(&config.to_string()).unwrap().gradient);
         }
-        assert_eq!(sources, [Some(GradientSource::Host), Some(GradientSource::Plugin), None]);
+        let [host, plugin, weights, split] =
+            [GradientSource::Host, GradientSource::Plugin, GradientSource::Weights, GradientSource::Split];
+        assert_eq!(sources, [Some(host), Some(plugin), Some(weights), Some(split), None]);
+        for source in sources.into_iter().flatten() {
+            assert!(properties["gradient"]["enum"].as_array().unwrap().contains(&json!(source.name())));
+        }
     }
 
     #[test]

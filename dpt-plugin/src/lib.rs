@@ -5,10 +5,12 @@
 
 mod adapter;
 mod batch;
+mod borrowed;
 mod checkpoint;
 mod config;
 mod correct;
 mod error;
+mod fit;
 mod lora;
 mod params;
 mod plugin;

@@ -4,15 +4,16 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use diffusion::lora::LoraFile;
-use diffusion::{LoraEntry, TextModel, UNet, UNetConfig};
+use diffusion::{LoraEntry, TextModel};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
-use host_api::{Descriptor, Model, Needs, Outcome, Prediction, Report, Run, Space, Step};
+use host_api::{Descriptor, Model, Needs, Outcome, Report, Run, Space, Step, View};
 
 use crate::batch::Batch;
 use crate::config::{Config, GradientSource};
+use crate::fit::{Fitting, Prepared, gradient_source};
 use crate::params::{Strength, params};
 use crate::score::{score, score_and_gradient};
-use crate::source::{Evaluation, OwnUNet, Source};
+use crate::source::{Evaluation, Source};
 use crate::text::{Conditioning, TextRequirements};
 use crate::{Adapter, Error, Result, checkpoint, lora};
 
@@ -20,6 +21,7 @@ use crate::{Adapter, Error, Result, checkpoint, lora};
 pub struct DptPlugin {
     host: HostHandle,
     config: Config,
+    gradient: GradientSource,
     device: Device,
     params: Arc<Params>,
     adapter: Adapter,
@@ -27,14 +29,6 @@ pub struct DptPlugin {
     lora: Arc<Lora>,
     prepared: Option<Prepared>,
     conditioning: Option<Conditioning>,
-}
-
-/// What depends on the model.
-struct Prepared {
-    source: Source,
-    /// The base model's text encoder, for hosts that give prompts alone.
-    encoder: Option<TextModel>,
-    latent_channels: usize,
 }
 
 impl Plugin for DptPlugin {
@@ -55,18 +49,28 @@ impl Plugin for DptPlugin {
             let message = format!("latents on {latents:?}: they must be in main memory, wherever the model computes");
             return Err(Error::Unsupported(message).into());
         }
-        self.prepared = Some(self.fit(model)?);
+        let Self { host, config, gradient, adapter, lora_entries, device, .. } = self;
+        let fitting = Fitting { host, config, gradient: *gradient, adapter, lora: lora_entries, device };
+        // The old source, if there is one, lives until the new one is ready: a prepare that fails changes nothing.
+        self.prepared = Some(fitting.fit(model)?);
         Ok(())
     }
 
     fn needs(&self) -> Needs {
-        let own = self.config.source() == GradientSource::Plugin;
         // With the base model's text encoder prompts are enough.
         let encodes = self.prepared.as_ref().is_some_and(|prepared| prepared.encoder.is_some());
-        Needs { gradient: !own, context: own && !encodes, pooled: !encodes, tap: self.adapter.sizes().tap.clone() }
+        let own = matches!(self.gradient, GradientSource::Plugin | GradientSource::Weights);
+        Needs {
+            gradient: self.gradient == GradientSource::Host,
+            weights: self.gradient == GradientSource::Weights,
+            context: own && !encodes,
+            pooled: !encodes,
+            tap: self.adapter.sizes().tap.clone(),
+        }
     }
 
     fn begin(&mut self, run: &Run<'_>) -> host_api::Result<()> {
+        self.prepared_mut().source.refresh()?;
         self.conditioning = Some(self.conditioning_of(&run.text, run.batch)?);
         Ok(())
     }
@@ -79,6 +83,35 @@ impl Plugin for DptPlugin {
         Ok(result?)
     }
 
+    const SPLIT: bool = true;
+
+    fn score(
+        &mut self,
+        step: &Step<'_>,
+        features: Option<&View<'_>>,
+        cotangent: bool,
+        report: &mut Report,
+    ) -> host_api::Result<Option<Vec<f32>>> {
+        Ok(self.score_features(step, features, cotangent, report)?)
+    }
+
+    fn apply(
+        &mut self,
+        step: &Step<'_>,
+        latents: &mut Latents<'_>,
+        gradient: &View<'_>,
+        report: &mut Report,
+    ) -> host_api::Result<()> {
+        let strength = Strength::read(&self.params)?;
+        report.outcome = strength.outcome(step);
+        if report.outcome == Outcome::Corrected {
+            let scale = space_scale(step);
+            let batch = Batch::read(latents, scale, report)?;
+            batch.write(&gradient.to_vec(), &strength, scale, latents, report)?;
+        }
+        Ok(())
+    }
+
     fn end(&mut self) -> host_api::Result<()> {
         self.conditioning = None;
         Ok(())
@@ -88,7 +121,7 @@ impl Plugin for DptPlugin {
         let prepared = self.prepared.as_ref().map_or(0, |prepared| {
             let own = match &prepared.source {
                 Source::Own(own) => own.unet.weight_bytes(),
-                Source::Host(_) => 0,
+                Source::Host(_) | Source::Split => 0,
             };
             own + prepared.encoder.as_ref().map_or(0, TextModel::weight_bytes)
         });
@@ -123,73 +156,9 @@ impl DptPlugin {
         };
         let lora_entries = lora::combine(files, config.lora_strength)?;
         let lora = Arc::new(lora::for_hosts(&lora_entries)?);
-        Ok(Self { host, config, device, params, adapter, lora_entries, lora, prepared: None, conditioning: None })
-    }
-
-    /// Checks that method and adapter fit the model, and gets hold of a gradient source. The old source, if there is one,
-    /// lives until the new one is ready, so that a failed prepare changes nothing.
-    fn fit(&self, model: &Model) -> Result<Prepared> {
-        check_model(model)?;
-        let sampled = model.unet_config.map(UNetConfig::parse).transpose();
-        let sampled = sampled.map_err(|e| Error::Unsupported(format!("the model's U-Net: {e}")))?;
-        sampled.as_ref().map_or(Ok(()), |config| self.check_fit(config))?;
-        let (source, encoder) = match self.config.source() {
-            GradientSource::Host => (self.host_source()?, None),
-            GradientSource::Plugin => self.own_source(model, sampled.as_ref())?,
-        };
-        Ok(Prepared { source, encoder, latent_channels: model.latent_channels })
-    }
-
-    fn host_source(&self) -> Result<Source> {
-        self.host.gradient().map(Source::Host).ok_or_else(|| {
-            Error::Unsupported(format!(
-                "host {} has no sampler-hook.gradient/1; configure a `base_model` so that the plugin computes the gradient \
-                 itself",
-                self.host.name()
-            ))
-        })
-    }
-
-    /// Loads the base model up to the tap, with the LoRA merged, and its text encoder where it has one.
-    fn own_source(&self, model: &Model, sampled: Option<&UNetConfig>) -> Result<(Source, Option<TextModel>)> {
-        let folder = self.config.base_model.as_deref().expect("checked when the configuration was parsed");
-        let dtype = diffusion::dtype(&self.config.dtype)?;
-        let tap = &self.adapter.sizes().tap;
-        let mut unet = UNet::load_to(&folder.join("unet"), tap, dtype, &self.device).map_err(tap_not_found)?;
-        self.check_fit(unet.config())?;
-        let (own, host) = (unet.config().in_channels, model.unet_in_channels);
-        if own != host {
-            return Err(Error::Shape(format!("the base model's U-Net takes {own} channels, the host's {host}")));
-        }
-        let (own, host) = (&unet.config().block_out_channels, sampled.map(|config| &config.block_out_channels));
-        if host.is_some_and(|host| host != own) {
-            let host = host.expect("just compared");
-            let message = format!("its U-Net's levels have {own:?} channels, the host's {host:?}");
-            return Err(Error::Shape(format!("the base model is not the host's: {message}")));
-        }
-        unet.merge_lora(&self.lora_entries, 1.)?;
-        let tap = unet.config().tap(tap)?;
-        let encoder = folder.join("text_encoder").is_dir();
-        let encoder = encoder.then(|| TextModel::load(folder, dtype, &self.device)).transpose()?;
-        Ok((Source::Own(Box::new(OwnUNet { unet, tap, tape: None })), encoder))
-    }
-
-    /// Tap and widths of adapter and U-Net.
-    fn check_fit(&self, unet: &UNetConfig) -> Result<()> {
-        let sizes = self.adapter.sizes();
-        let tap = unet.tap(&sizes.tap).map_err(tap_not_found)?;
-        let channels = unet.tap_channels(tap);
-        if channels != sizes.channels {
-            let message = format!("the adapter reads {} channels at {tap}, the U-Net has {channels}", sizes.channels);
-            return Err(Error::Shape(message));
-        }
-        if unet.cross_attention_dim != sizes.clip_dim {
-            return Err(Error::Shape(format!(
-                "the adapter speaks of text of width {}, the U-Net's text has {}",
-                sizes.clip_dim, unet.cross_attention_dim
-            )));
-        }
-        Ok(())
+        let gradient = gradient_source(&config, &host);
+        let (prepared, conditioning) = (None, None);
+        Ok(Self { host, config, gradient, device, params, adapter, lora_entries, lora, prepared, conditioning })
     }
 
     fn conditioning_of(&self, text: &host_api::Text, batch: usize) -> Result<Conditioning> {
@@ -212,19 +181,19 @@ impl DptPlugin {
             return Ok(());
         }
         self.check_step(step, latents)?;
-        // x = z / scale in sigma space.
-        let scale = if step.space == Space::Ve { step.alpha_bar.sqrt() } else { 1. };
-        let shape = latents.shape();
+        let (scale, shape) = (space_scale(step), latents.shape());
         let mut batch = Batch::read(latents, scale, report)?;
-        let own_text = step.text.as_ref().map(|text| self.conditioning_of(text, shape[0])).transpose()?;
+        self.prepared_mut().source.refresh()?;
+        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, shape[0])).transpose()?;
         let Self { host, adapter, prepared, conditioning, .. } = self;
         let source = &mut prepared.as_mut().expect("prepare precedes step").source;
-        let text = own_text.as_ref().or(conditioning.as_ref()).expect("begin precedes step");
+        let text = own_text.as_mut().or(conditioning.as_mut()).expect("begin precedes step");
         let stop = || if host.cancelled() { Err(Error::Cancelled) } else { Ok(()) };
 
         stop()?;
         let tap = &adapter.sizes().tap;
-        let evaluation = Evaluation { step, latents: batch.values(), shape, tap, keys: text.keys.as_ref() };
+        let keys = text.keys(source)?;
+        let evaluation = Evaluation { step, latents: batch.values(), shape, tap, keys };
         let features = source.features(&evaluation, adapter.device())?;
         check_features(&features, adapter, shape[0])?;
         batch.check_rows("the U-Net's features", &features, report)?;
@@ -243,6 +212,37 @@ impl DptPlugin {
         stop()?;
         let gradient = source.vjp(&cotangent, shape)?;
         batch.write(&gradient, &strength, scale, latents, report)
+    }
+
+    /// The first half of a step on features that the host computed.
+    fn score_features(
+        &mut self,
+        step: &Step,
+        features: Option<&View>,
+        cotangent: bool,
+        report: &mut Report,
+    ) -> Result<Option<Vec<f32>>> {
+        let strength = Strength::read(&self.params)?;
+        report.outcome = strength.outcome(step);
+        let corrected = report.outcome == Outcome::Corrected;
+        let monitored = strength.monitor && step.sub_evaluation == 0;
+        let Some(features) = features.filter(|_| corrected || monitored) else { return Ok(None) };
+        let features = Tensor::from_vec(features.to_vec(), features.shape(), self.adapter.device())?;
+        let items = features.dim(0)?;
+        check_features(&features, &self.adapter, items)?;
+        let own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
+        let text = own_text.as_ref().or(self.conditioning.as_ref()).expect("begin precedes step");
+        let mut batch = Batch::without_latents(items);
+        batch.check_rows("the U-Net's features", &features, report)?;
+        batch.check_rows("pooled texts", &text.pooled, report)?;
+        let timesteps = vec![step.timestep; items];
+        if !(corrected && cotangent) {
+            batch.report_scores(&score(&self.adapter, &features, &timesteps, &text.pooled)?.to_vec1()?, report);
+            return Ok(None);
+        }
+        let (scores, gradient) = score_and_gradient(&self.adapter, &features, &timesteps, &text.pooled)?;
+        batch.report_scores(&scores.to_vec1()?, report);
+        Ok(Some(batch.without_spoilt(&gradient)?.flatten_all()?.to_vec1()?))
     }
 
     fn check_step(&self, step: &Step, latents: &Latents) -> Result<()> {
@@ -271,30 +271,9 @@ fn unknown_name(error: diffusion::Error) -> Error {
     }
 }
 
-fn tap_not_found(error: diffusion::Error) -> Error {
-    match error {
-        diffusion::Error::Input(message) => Error::NotFound(message),
-        other => other.into(),
-    }
-}
-
-/// Models that the method is not defined for or whose inputs are not known here.
-fn check_model(model: &Model) -> Result<()> {
-    if model.prediction == Prediction::Flow {
-        let message = "flow-prediction models have no alpha_bar, and the correction (Eq. 9) is not defined for them";
-        return Err(Error::Unsupported(message.into()));
-    }
-    let (inputs, latents) = (model.unet_in_channels, model.latent_channels);
-    if inputs != latents {
-        return Err(Error::Unsupported(format!(
-            "the U-Net takes {inputs} channels for latents of {latents}: models with extra inputs (inpainting) are not \
-             supported"
-        )));
-    }
-    if latents == 0 {
-        return Err(Error::Shape("the model's latents have 0 channels".into()));
-    }
-    Ok(())
+/// c in `x = z / c`: latents in sigma space times it are in VP space.
+fn space_scale(step: &Step) -> f64 {
+    if step.space == Space::Ve { step.alpha_bar.sqrt() } else { 1. }
 }
 
 fn check_features(features: &Tensor, adapter: &Adapter, batch: usize) -> Result<()> {

@@ -1,24 +1,31 @@
-//! Where U-Net features and their gradient come from: the host, or the plugin's own U-Net up to the tap. Both speak of
+//! Where U-Net features and their gradient come from: the host, or a U-Net of the plugin's own up to the tap. Both speak of
 //! latents in variance-preserving space and of the conditional text alone.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion::{Tap, Tape, TextKeys, UNet};
 use host_api::Step;
 use host_api::plugin::HostGradient;
 
+use crate::borrowed::BorrowedWeights;
 use crate::{Error, Result};
 
 /// A source of features, and what it keeps of the last evaluation for the gradient.
 pub(crate) enum Source {
+    /// The host's U-Net, through `gradient/1`.
     Host(HostGradient),
+    /// The plugin's own.
     Own(Box<OwnUNet>),
+    /// The host computes both and calls `split/1`.
+    Split,
 }
 
-/// The plugin's own U-Net, loaded up to the tap.
+/// A U-Net of the plugin's own, up to the tap.
 pub(crate) struct OwnUNet {
     pub(crate) unet: UNet,
     pub(crate) tap: Tap,
     pub(crate) tape: Option<Tape>,
+    /// Where its weights are the host's.
+    pub(crate) borrowed: Option<BorrowedWeights>,
 }
 
 /// A step's latents `[B, C, h, w]` in VP space.
@@ -31,7 +38,25 @@ pub(crate) struct Evaluation<'a> {
     pub(crate) keys: Option<&'a TextKeys>,
 }
 
+impl OwnUNet {
+    /// Follows the host's weights where they are the host's.
+    fn refresh(&mut self) -> Result<()> {
+        if let Some(unet) = self.borrowed.as_mut().map(BorrowedWeights::refresh).transpose()?.flatten() {
+            self.unet = unet;
+        }
+        Ok(())
+    }
+}
+
 impl Source {
+    /// Makes the source that of the weights as they are now.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        match self {
+            Source::Own(own) => own.refresh(),
+            Source::Host(_) | Source::Split => Ok(()),
+        }
+    }
+
     /// The tap's output `[B, C, h, w]` in f32 on `device`.
     pub(crate) fn features(&mut self, evaluation: &Evaluation, device: &Device) -> Result<Tensor> {
         let Evaluation { step, latents, shape, tap, keys } = *evaluation;
@@ -45,8 +70,12 @@ impl Source {
                 let keys = keys.ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
                 let (features, tape) = own.unet.forward_to(&latents, &vec![step.timestep; shape[0]], keys, own.tap)?;
                 own.tape = Some(tape);
-                Ok(features.to_dtype(candle_core::DType::F32)?.to_device(device)?)
+                Ok(features.to_dtype(DType::F32)?.to_device(device)?)
             }
+            Source::Split => Err(Error::Unsupported(
+                "`gradient` is \"split\": the host computes features and gradient and calls sampler-hook.split/1 instead"
+                    .into(),
+            )),
         }
     }
 
@@ -57,8 +86,9 @@ impl Source {
             Source::Own(own) => {
                 let tape = own.tape.take().expect("vjp follows features");
                 let gradient = own.unet.vjp(tape, cotangent)?;
-                Ok(gradient.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()?)
+                Ok(gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
             }
+            Source::Split => unreachable!("it gives no features"),
         }
     }
 
@@ -67,6 +97,7 @@ impl Source {
         match self {
             Source::Host(host) => host.release(),
             Source::Own(own) => own.tape = None,
+            Source::Split => {}
         }
     }
 }

@@ -13,7 +13,8 @@ use crate::{Error, Result};
 pub(crate) struct Conditioning {
     /// `[B, p]`, f32.
     pub(crate) pooled: Tensor,
-    pub(crate) keys: Option<TextKeys>,
+    /// Keys and values, and the context that they were made from.
+    keys: Option<(TextKeys, Tensor)>,
 }
 
 /// What the text must fit.
@@ -53,15 +54,25 @@ impl Conditioning {
         let pooled = pooled.expect("given or encoded");
         expect("pooled text", pooled.dims(), &[Some(needs.batch), Some(needs.clip_dim)])?;
         let keys = match source {
-            Source::Host(_) => None,
+            Source::Host(_) | Source::Split => None,
             Source::Own(own) => {
                 let context = context.expect("given or encoded");
                 let width = own.unet.config().cross_attention_dim;
                 expect("text context", context.dims(), &[Some(needs.batch), None, Some(width)])?;
-                Some(own.unet.text(&context)?)
+                Some((own.unet.text(&context)?, context))
             }
         };
         Ok(Self { pooled, keys })
+    }
+
+    /// Keys and values for the source's weights as they are now; `None` where the source needs none.
+    pub(crate) fn keys(&mut self, source: &Source) -> Result<Option<&TextKeys>> {
+        if let (Source::Own(own), Some((keys, context))) = (source, &mut self.keys)
+            && !keys.is_of(&own.unet)
+        {
+            *keys = own.unet.text(context)?;
+        }
+        Ok(self.keys.as_ref().map(|(keys, _)| keys))
     }
 }
 

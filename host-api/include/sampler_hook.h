@@ -1,6 +1,6 @@
 /* sampler_hook.h - a stable C interface between hosts that sample diffusion models and plugins that hook into the steps.
  *
- * DRAFT 0.1: the layout may still change until 1.0, and a library only speaks to a host of the same major AND minor.
+ * DRAFT 0.2: the layout may still change until 1.0, and a library only speaks to a host of the same major AND minor.
  *
  * SPDX-License-Identifier: MIT OR Apache-2.0
  *
@@ -31,6 +31,7 @@
  *     the other side reads and writes no further. A struct_size smaller than that of the first version is an error.
  *   - Strings are UTF-8 with a length, not NUL-terminated. {NULL, 0} is the empty string.
  *   - Reserved members are 0. Unknown flags are an error.
+ *   - Extensions are optional on both sides: who asks for one that the other does not have gets NULL and goes without.
  *   - A plugin that catches a fault inside a call returns SH_PANIC; from then on every function of the instance that
  *     returns sh_status answers SH_POISONED, and nothing but destroy is of use.
  */
@@ -45,7 +46,7 @@ extern "C" {
 #endif
 
 #define SH_ABI_MAJOR 0
-#define SH_ABI_MINOR 1
+#define SH_ABI_MINOR 2
 #define SH_ENTRY_SYMBOL "sampler_hook_entry"
 
 /* ---- Status ------------------------------------------------------------------------------------------------------- */
@@ -180,7 +181,7 @@ typedef struct sh_text {
 typedef struct sh_run {
   uint32_t struct_size;
   uint32_t batch; /* B; 0 is legal and makes every step a no-op */
-  uint32_t steps; /* at least 1 */
+  uint32_t steps; /* of the whole schedule, at least 1 */
   uint32_t reserved;
   double guidance_scale;
   const sh_text *text; /* NULL: the host has no text to show */
@@ -195,8 +196,8 @@ typedef struct sh_run {
 /* One step of a run. */
 typedef struct sh_step {
   uint32_t struct_size;
-  uint32_t index;          /* 0 .. count - 1 */
-  uint32_t count;          /* steps of the run */
+  uint32_t index;          /* 0 .. count - 1; a run that starts within the schedule (from a noised image) begins above 0 */
+  uint32_t count;          /* steps of the whole schedule, as in sh_run.steps */
   uint32_t sub_evaluation; /* 0 for the first noise prediction of the step, 1, 2, ... for those that samplers add */
   double timestep;         /* training timestep, may be fractional */
   double alpha_bar;        /* cumulative alpha at that timestep, in [0, 1]; in SH_SPACE_VE above 0 */
@@ -236,6 +237,7 @@ typedef struct sh_report {
 #define SH_NEEDS_GRADIENT 1u    /* the host extension SH_HOST_GRADIENT */
 #define SH_NEEDS_CONTEXT 2u     /* sh_text.context */
 #define SH_NEEDS_POOLED 4u      /* sh_text.pooled, or context and end_of_text */
+#define SH_NEEDS_WEIGHTS 8u     /* the host extension SH_HOST_WEIGHTS */
 
 /* Owned by the caller, who sets struct_size; filled by the plugin. */
 typedef struct sh_needs {
@@ -375,6 +377,33 @@ typedef struct sh_plugin_params {
   sh_string (*schema)(const sh_plugin *plugin);
 } sh_plugin_params;
 
+/* The two halves of a step, for hosts that compute features and gradient themselves, with an autograd of their own:
+ *
+ *     score(step, NULL, NULL, &report)            report.outcome: is this step corrected at all?
+ *     score(step, activation, cotangent, &report) features in; scores and their gradient for the features out
+ *     ... the host's own backward pass turns the cotangent into the gradient for the latents ...
+ *     apply(step, latents, gradient, out, &report)
+ *
+ * They give what `step` gives with SH_HOST_GRADIENT. Neither remembers anything of the other; `step` itself needs a gradient
+ * source and may answer SH_UNSUPPORTED when the plugin is configured for this extension. */
+#define SH_PLUGIN_SPLIT "sampler-hook.split/1"
+
+typedef struct sh_plugin_split {
+  uint32_t struct_size;
+  uint32_t reserved;
+  /* The activation [B, C, h, w] of the block that `needs` names, for the latents of this step in VP space with the conditional
+   * text, or NULL to be told the outcome alone. Writes the gradient of each item's score for its features to `cotangent`, of
+   * the same shape, when the outcome is SH_CORRECTED; otherwise, and when cotangent is NULL, only scores are computed where
+   * the plugin was asked to monitor them. An item that is not finite has its own status and the cotangent 0. A call that fails
+   * leaves cotangent and report alone. [sampler] RUNNING */
+  sh_status (*score)(const sh_plugin *plugin, const sh_step *step, const sh_view *activation, const sh_view *cotangent,
+                     sh_report *report, sh_error *error);
+  /* As `step`, with the gradient [B, C, h, w] of the scores for the latents in VP space, whatever the step's space is. The
+   * report has no scores. [sampler] RUNNING */
+  sh_status (*apply)(const sh_plugin *plugin, const sh_step *step, const sh_view *latents, const sh_view *gradient,
+                     const sh_view *out, sh_report *report, sh_error *error);
+} sh_plugin_split;
+
 /* ==== Host extensions ============================================================================================== */
 
 /* The host's own U-Net, up to a block's output and back: no second U-Net in memory, and the host's patches count. */
@@ -394,6 +423,36 @@ typedef struct sh_host_gradient {
   /* Drops the last activation without a vjp; nothing when there is none. [sampler] */
   void (*release)(const sh_host *host);
 } sh_host_gradient;
+
+/* The host's U-Net weights as they are when it samples, its own LoRAs and patches and the plugin's merged LoRA included: a
+ * plugin's own U-Net then sees them and needs no file. Functions are called inside prepare, begin and step, on that thread. */
+#define SH_HOST_WEIGHTS "sampler-hook.weights/1"
+
+typedef struct sh_host_weights {
+  uint32_t struct_size;
+  uint32_t reserved;
+  /* Another number whenever a tensor has changed; asked at begin and before every step. [main, sampler] */
+  uint64_t (*revision)(const sh_host *host);
+  /* Number of tensors. [main, sampler] */
+  uint64_t (*count)(const sh_host *host);
+  /* The diffusers name of a tensor, such as "conv_in.weight"; valid until destroy. Empty when index >= count. [main, sampler] */
+  sh_string (*name)(const sh_host *host, uint64_t index);
+  /* A tensor, f32, f16 or bf16. *tensor (caller sets struct_size) is valid until the next call of this function or until the
+   * plugin's function returns, whichever is first; NULL: only *revision is asked for. *revision is another number whenever
+   * this tensor has changed. May fail. [main, sampler] */
+  sh_status (*tensor)(const sh_host *host, uint64_t index, sh_view *tensor, uint64_t *revision, sh_error *error);
+} sh_host_weights;
+
+/* Shows a user what takes its time. */
+#define SH_HOST_PROGRESS "sampler-hook.progress/1"
+
+typedef struct sh_host_progress {
+  uint32_t struct_size;
+  uint32_t reserved;
+  /* `done` parts of `total` of a task are finished; `task` is for people. A task ends with done == total, or with its call.
+   * [any] */
+  void (*progress)(const sh_host *host, sh_string task, uint64_t done, uint64_t total);
+} sh_host_progress;
 
 #ifdef __cplusplus
 }

@@ -108,7 +108,7 @@ pub struct Text<'a> {
 pub struct Run<'a> {
     /// B.
     pub batch: usize,
-    /// At least 1.
+    /// Steps of the whole schedule; at least 1.
     pub steps: usize,
     /// Of the classifier-free guidance.
     pub guidance_scale: f64,
@@ -119,9 +119,9 @@ pub struct Run<'a> {
 /// One step of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
-    /// `0 .. count - 1`.
+    /// `0 .. count - 1`; a run that starts within the schedule, from a noised image, begins above 0.
     pub index: usize,
-    /// Steps of the run.
+    /// Steps of the whole schedule.
     pub count: usize,
     /// 0 for the first noise prediction of the step; 1, 2, ... for those that samplers add.
     pub sub_evaluation: usize,
@@ -146,6 +146,8 @@ pub struct Needs {
     pub context: bool,
     /// [`Text::pooled`], or context and end of text.
     pub pooled: bool,
+    /// The host extension `sampler-hook.weights/1`.
+    pub weights: bool,
     /// The U-Net block whose output is used: `"mid"`, `"up1"`, ...; empty when none is.
     pub tap: String,
 }

@@ -32,20 +32,17 @@ impl ModelOptions {
             }
             keys.insert("adapter".into(), json!(model.join("adapter_stage1.safetensors")));
         }
-        match self.gradient {
-            None => {}
-            Some(_) if !is_dpt => {
+        if let Some(source) = self.gradient {
+            if !is_dpt {
                 return Err(Error::Request("--gradient is for the DPT plugin; configure others with --config".into()));
             }
-            Some(GradientSource::Host) => {
-                keys.insert("gradient".into(), json!("host"));
-            }
-            Some(GradientSource::Plugin) => {
-                keys.insert("gradient".into(), json!("plugin"));
+            keys.insert("gradient".into(), json!(source.name()));
+            if source == GradientSource::Plugin {
                 keys.entry("base_model").or_insert_with(|| json!(model));
             }
         }
-        Ok(PluginChoice { library, config })
+        let split = is_dpt && keys.get("gradient") == Some(&json!("split"));
+        Ok(PluginChoice { library, config, split })
     }
 }
 

@@ -93,7 +93,7 @@ impl Compare {
     pub(crate) fn run(&self, bars: &MultiProgress) -> Result<()> {
         let starts = self.starts()?;
         [&self.out].into_iter().chain(&self.json).try_for_each(|path| check_output(path))?;
-        let mut loaded = self.model.load(true)?;
+        let mut loaded = self.model.load(true, bars)?;
         loaded.session.set_param("monitor", 1.)?;
         let variants = self.variants(&loaded.session)?;
         let batches = starts.chunks(self.batch.into());

@@ -68,7 +68,7 @@ fn parse_switch(text: &str) -> std::result::Result<PromptSwitch, String> {
 
 impl Generate {
     pub(crate) fn run(&self, bars: &MultiProgress) -> Result<()> {
-        let mut loaded = self.model.load(!self.no_plugin)?;
+        let mut loaded = self.model.load(!self.no_plugin, bars)?;
         for (name, value) in [("eta", self.eta), ("monitor", self.monitor.then_some(1.))] {
             value.map(|value| loaded.session.set_param(name, value)).transpose()?;
         }

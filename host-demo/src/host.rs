@@ -1,11 +1,15 @@
-//! This host as plugins see it: log, and the U-Net's features and gradients (`sampler-hook.gradient/1`).
+//! This host as plugins see it: log and progress, and the U-Net's features and gradients (`sampler-hook.gradient/1`) and weights
+//! (`sampler-hook.weights/1`).
 
 use std::sync::{Mutex, MutexGuard};
 
 use candle_core::{DType, Tensor};
 use diffusion::{Tape, TextKeys, UNet};
-use host_api::host::{Gradient, Host};
+use host_api::host::{Gradient, Host, WeightData, Weights};
 use host_api::{Status, Step, View};
+
+/// Shows that `done` parts of `total` of a plugin's task are finished.
+pub type ShowProgress = Box<dyn Fn(&str, u64, u64) + Send + Sync>;
 
 /// The U-Net, shared between the sampling loop and the plugin's calls back.
 pub(crate) struct DemoHost {
@@ -14,11 +18,12 @@ pub(crate) struct DemoHost {
     text: Mutex<Option<TextKeys>>,
     /// What the last features call left for its gradient.
     tape: Mutex<Option<Tape>>,
+    progress: Option<ShowProgress>,
 }
 
 impl DemoHost {
-    pub(crate) fn new(unet: UNet) -> Self {
-        Self { unet: Mutex::new(unet), text: Mutex::new(None), tape: Mutex::new(None) }
+    pub(crate) fn new(unet: UNet, progress: Option<ShowProgress>) -> Self {
+        Self { unet: Mutex::new(unet), text: Mutex::new(None), tape: Mutex::new(None), progress }
     }
 
     pub(crate) fn unet(&self) -> MutexGuard<'_, UNet> {
@@ -51,6 +56,48 @@ impl Host for DemoHost {
     fn gradient(&self) -> Option<&dyn Gradient> {
         Some(self)
     }
+
+    fn weights(&self) -> Option<&dyn Weights> {
+        Some(self)
+    }
+
+    fn progress(&self, task: &str, done: u64, total: u64) {
+        if let Some(show) = &self.progress {
+            show(task, done, total);
+        }
+    }
+}
+
+impl Weights for DemoHost {
+    fn revision(&self) -> u64 {
+        self.unet().revision()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.unet().weights().keys().cloned().collect()
+    }
+
+    fn tensor_revision(&self, name: &str) -> host_api::Result<u64> {
+        self.unet().weights().get(name).map(|weight| weight.revision).ok_or_else(|| no_tensor(name))
+    }
+
+    fn tensor(&self, name: &str) -> host_api::Result<(Vec<usize>, WeightData)> {
+        let tensor =
+            self.unet().weights().get(name).map(|weight| weight.tensor.clone()).ok_or_else(|| no_tensor(name))?;
+        let read = || -> diffusion::Result<WeightData> {
+            let flat = tensor.flatten_all()?;
+            Ok(match tensor.dtype() {
+                DType::F16 => WeightData::F16(flat.to_vec1()?),
+                DType::BF16 => WeightData::Bf16(flat.to_vec1()?),
+                _ => WeightData::F32(flat.to_dtype(DType::F32)?.to_vec1()?),
+            })
+        };
+        Ok((tensor.dims().to_vec(), read().map_err(failed)?))
+    }
+}
+
+fn no_tensor(name: &str) -> host_api::Error {
+    host_api::Error::new(Status::NotFound, format!("the U-Net has no tensor `{name}`"))
 }
 
 impl Gradient for DemoHost {

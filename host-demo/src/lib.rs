@@ -16,10 +16,12 @@ mod report;
 mod request;
 mod run;
 mod session;
+mod split;
 
 pub use defaults::{default_model, default_plugin};
 pub use error::{Error, Result};
 pub use figure::{Curve, Figure, Row};
+pub use host::ShowProgress;
 pub use image::Rgb;
 pub use memory::peak_bytes;
 pub use noise::{latents_from_file, seeded_noise};

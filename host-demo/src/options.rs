@@ -1,11 +1,14 @@
 //! Options that commands share: which model and plugin, and how to sample.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use clap::{Args, ValueEnum};
 use diffusion::scheduler::Scheduler;
-use host_demo::{Error, LoraRecord, Mode, PluginChoice, Request, Result, Session, default_model, write_whole};
-use indicatif::ProgressStyle;
+use host_demo::{
+    Error, LoraRecord, Mode, PluginChoice, Request, Result, Session, ShowProgress, default_model, write_whole,
+};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -14,6 +17,22 @@ pub(crate) enum GradientSource {
     Host,
     /// The plugin's own U-Net, loaded from the same model.
     Plugin,
+    /// The plugin's own U-Net, on this program's weights.
+    Weights,
+    /// This program's, between the two halves of the plugin's step.
+    Split,
+}
+
+impl GradientSource {
+    /// As the plugin's configuration has it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Plugin => "plugin",
+            Self::Weights => "weights",
+            Self::Split => "split",
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -74,7 +93,7 @@ pub(crate) struct Loaded {
 
 impl ModelOptions {
     /// Loads the model and, unless it is not wanted, the plugin.
-    pub(crate) fn load(&self, with_plugin: bool) -> Result<Loaded> {
+    pub(crate) fn load(&self, with_plugin: bool, bars: &MultiProgress) -> Result<Loaded> {
         let folder = self.model.clone().map_or_else(default_model, Ok)?;
         if !folder.exists() {
             return Err(Error::File { path: folder, message: "no such model; expected a folder".into() });
@@ -83,11 +102,33 @@ impl ModelOptions {
         let device = diffusion::device(&self.device)?;
         let dtype = diffusion::dtype(&self.dtype)?;
         let plugin = with_plugin.then(|| self.plugin_choice(&folder, shipped)).transpose()?;
-        let mut session = Session::load(&folder, dtype, &device, plugin.as_ref())?;
+        let mut session = Session::load_with(&folder, dtype, &device, plugin.as_ref(), Some(show_progress(bars)))?;
         let lora = session.set_lora(&self.lora)?;
         let lora = self.lora.iter().zip(lora).map(|((path, strength), file)| LoraRecord::new(path, *strength, &file));
         Ok(Loaded { session, folder, device, plugin, shipped, lora: lora.collect() })
     }
+}
+
+/// A bar for the plugin's task that goes when the task is done.
+fn show_progress(bars: &MultiProgress) -> ShowProgress {
+    let bars = bars.clone();
+    let bar = Mutex::new(None::<ProgressBar>);
+    Box::new(move |task, done, total| {
+        let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
+        if done >= total {
+            if let Some(bar) = bar.take() {
+                bar.finish_and_clear();
+            }
+            return;
+        }
+        let bar = bar.get_or_insert_with(|| bars.add(ProgressBar::new(total).with_style(task_style())));
+        bar.set_message(format!("plugin: {task}"));
+        bar.set_position(done);
+    })
+}
+
+fn task_style() -> ProgressStyle {
+    ProgressStyle::with_template("{bar:32} {pos}/{len}  {msg}").expect("the template is valid")
 }
 
 /// Whether the folder is the shipped model, by whatever path.

@@ -10,7 +10,7 @@ use host_api::{Run, Step, View, ViewMut};
 
 use crate::conditioning::{Conditioning, Phase};
 use crate::host::DemoHost;
-use crate::{Error, Mode, Request, Result, Seconds, Session, StepRecord};
+use crate::{Error, Mode, Request, Result, Seconds, Session, StepRecord, split};
 
 /// What a run gave.
 pub struct RunOutcome {
@@ -90,7 +90,7 @@ impl Session {
         let mut seconds = Seconds::default();
         let batch = request.batch()?;
         let sampler = request.scheduler.plan(&self.scheduler, request.steps, request.first_step()?)?;
-        let Self { text, host, plugin, .. } = self;
+        let Self { text, host, plugin, split, .. } = self;
 
         let started = Instant::now();
         let conditioning = Conditioning::new(request, text, &host.unet())?;
@@ -101,7 +101,8 @@ impl Session {
             let run = Run { batch, steps: request.steps, guidance_scale: request.guidance, text };
             plugin.begin(&run).map_err(Error::plugin("begin"))?;
         }
-        let mut sampling = Sampling { host, plugin: plugin.as_mut(), sampler, conditioning, request, seconds };
+        let (plugin_in_run, split) = (plugin.as_mut(), *split);
+        let mut sampling = Sampling { host, plugin: plugin_in_run, split, sampler, conditioning, request, seconds };
         let sampled = sampling.run(observe);
         let seconds = sampling.seconds;
         host.set_text(None);
@@ -116,6 +117,7 @@ impl Session {
 struct Sampling<'a> {
     host: &'a DemoHost,
     plugin: Option<&'a mut Instance>,
+    split: bool,
     sampler: Box<dyn Sampler>,
     conditioning: Conditioning,
     request: &'a Request,
@@ -183,8 +185,11 @@ impl Sampling<'_> {
         let mut output = input.clone();
         let input = View::new(&input, latents.dims()).map_err(Error::plugin("latents"))?;
         let mut view = ViewMut::new(&mut output, latents.dims()).map_err(Error::plugin("latents"))?;
-        let report =
-            plugin.step(&step, &input, &mut view).map_err(Error::plugin(format_args!("step {}", step.index)))?;
+        let report = match self.split {
+            false => plugin.step(&step, &input, &mut view),
+            true => split::step(self.host, plugin, &step, &input, &mut view),
+        };
+        let report = report.map_err(Error::plugin(format_args!("step {}", step.index)))?;
         for (item, record) in report.items.iter().enumerate().filter(|(_, item)| item.status != host_api::Status::Ok) {
             log::warn!("step {}, item {item}: not corrected ({:?})", step.index, record.status);
         }

@@ -12,7 +12,7 @@ use host_api::Model;
 use host_api::host::{Instance, Library};
 use serde_json::Value;
 
-use crate::host::DemoHost;
+use crate::host::{DemoHost, ShowProgress};
 use crate::{Error, Result};
 
 /// A plugin to load.
@@ -22,6 +22,9 @@ pub struct PluginChoice {
     pub library: PathBuf,
     /// The plugin's configuration.
     pub config: Value,
+    /// Whether the host computes features and gradient itself and calls the plugin's two halves of a step
+    /// (`sampler-hook.split/1`), rather than the step.
+    pub split: bool,
 }
 
 /// A model, and maybe a plugin, ready to sample.
@@ -33,6 +36,8 @@ pub struct Session {
     pub(crate) plugin: Option<Instance>,
     /// The host's own LoRA weights, which every run merges before the plugin's.
     pub(crate) lora: Vec<LoraEntry>,
+    /// See [`PluginChoice::split`].
+    pub(crate) split: bool,
     /// Seconds that loading took.
     pub load_seconds: f64,
 }
@@ -40,12 +45,24 @@ pub struct Session {
 impl Session {
     /// Loads a diffusers folder, and creates and prepares the plugin for it.
     pub fn load(model: &Path, dtype: DType, device: &Device, plugin: Option<&PluginChoice>) -> Result<Self> {
+        Self::load_with(model, dtype, device, plugin, None)
+    }
+
+    /// The same, showing what the plugin is busy with.
+    pub fn load_with(
+        model: &Path,
+        dtype: DType,
+        device: &Device,
+        plugin: Option<&PluginChoice>,
+        progress: Option<ShowProgress>,
+    ) -> Result<Self> {
         let started = Instant::now();
         let pipeline = Pipeline::load(model, dtype, device)?;
         let family = pipeline.family();
         let Pipeline { text, unet, vae, scheduler } = pipeline;
         let unet_in_channels = unet.config().in_channels;
-        let host = Arc::new(DemoHost::new(unet));
+        let host = Arc::new(DemoHost::new(unet, progress));
+        let split = plugin.is_some_and(|choice| choice.split);
         let plugin = match plugin {
             None => None,
             Some(choice) => {
@@ -77,7 +94,7 @@ impl Session {
             }
         };
         let load_seconds = started.elapsed().as_secs_f64();
-        Ok(Self { text, vae, scheduler, host, plugin, lora: Vec::new(), load_seconds })
+        Ok(Self { text, vae, scheduler, host, plugin, lora: Vec::new(), split, load_seconds })
     }
 
     /// Sets a live parameter of the plugin.

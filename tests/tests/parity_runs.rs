@@ -67,7 +67,7 @@ impl Case {
     }
 
     fn session_in(&self, dtype: DType, config: Option<Value>) -> Session {
-        let plugin = config.map(|config| PluginChoice { library: plugin_library().to_owned(), config });
+        let plugin = config.map(|config| PluginChoice { library: plugin_library().to_owned(), config, split: false });
         Session::load(&self.model(), dtype, &Device::Cpu, plugin.as_ref()).unwrap()
     }
 

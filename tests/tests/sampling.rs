@@ -18,7 +18,7 @@ const OTHER: &str = "five pandas are eating bamboo.";
 const STEPS: usize = 6;
 
 fn session(config: Option<Value>) -> Session {
-    let plugin = config.map(|config| PluginChoice { library: plugin_library().to_owned(), config });
+    let plugin = config.map(|config| PluginChoice { library: plugin_library().to_owned(), config, split: false });
     Session::load(&base_model(), DType::F32, &Device::Cpu, plugin.as_ref()).unwrap()
 }
 

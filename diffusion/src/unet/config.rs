@@ -219,6 +219,17 @@ impl UNetConfig {
         })
     }
 
+    /// Path prefixes, such as `up_blocks.1.`, of what is computed after a tap.
+    pub fn prefixes_beyond(&self, tap: Tap) -> Vec<String> {
+        let block = |other: Tap| match other {
+            Tap::Down(i) => format!("down_blocks.{i}."),
+            Tap::Mid => "mid_block.".to_owned(),
+            Tap::Up(i) => format!("up_blocks.{i}."),
+        };
+        let beyond = self.taps().into_iter().filter(|other| *other > tap).map(block);
+        beyond.chain(["conv_norm_out.".to_owned(), "conv_out.".to_owned()]).collect()
+    }
+
     /// Channels of a tap's activation.
     pub fn tap_channels(&self, tap: Tap) -> usize {
         match tap {

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use candle_core::Tensor;
 
 use super::attention::Attention;
-use super::{UNet, new_revision};
+use super::{UNet, Weight, new_revision};
 use crate::layers::statistics_dtype;
 use crate::lora::LoraEntry;
 use crate::{Error, Result};
@@ -14,12 +14,13 @@ use crate::{Error, Result};
 /// The original weights of the projections that are changed now.
 #[derive(Default)]
 pub(super) struct Merged {
-    originals: HashMap<String, Tensor>,
+    originals: HashMap<String, Weight>,
 }
 
 impl Merged {
     pub(super) fn bytes(&self) -> u64 {
-        self.originals.values().map(|weight| (weight.elem_count() * weight.dtype().size_in_bytes()) as u64).sum()
+        let bytes = |Weight { tensor, .. }: &Weight| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
+        self.originals.values().map(bytes).sum()
     }
 }
 
@@ -40,18 +41,20 @@ impl UNet {
         for weight in changed.values_mut() {
             *weight = weight.to_dtype(self.dtype)?;
         }
+        self.revision = new_revision();
         for (module, weight) in changed {
-            let original = std::mem::replace(self.projection_mut(&module)?, weight);
+            let revision = self.revision;
+            let original = self.set_projection(&module, Weight { tensor: weight, revision })?;
             self.lora.originals.entry(module).or_insert(original);
         }
-        self.revision = new_revision();
         Ok(())
     }
 
     /// Puts every original weight back. Text keys and tapes made before are no longer valid.
     pub fn restore_lora(&mut self) {
         for (module, original) in std::mem::take(&mut self.lora.originals) {
-            *self.projection_mut(&module).expect("was found when it was merged") = original;
+            // Its revision too: to whoever remembers it, the tensor is what it was.
+            self.set_projection(&module, original).expect("was found when it was merged");
         }
         self.revision = new_revision();
     }
@@ -59,6 +62,13 @@ impl UNet {
     /// Path and weight `[out, in]`, as it is now, of every attention projection that is loaded.
     pub fn projections(&self) -> impl Iterator<Item = (String, &Tensor)> {
         self.attentions().flat_map(Attention::projections)
+    }
+
+    /// Puts a weight in place of another, which it returns.
+    fn set_projection(&mut self, module: &str, weight: Weight) -> Result<Weight> {
+        *self.projection_mut(module)? = weight.tensor.clone();
+        let name = format!("{module}.weight");
+        Ok(self.weights.insert(name, weight).expect("every projection was taken from the checkpoint by this name"))
     }
 
     fn projection_mut(&mut self, module: &str) -> Result<&mut Tensor> {

@@ -13,7 +13,9 @@ mod tap;
 mod tests;
 mod text;
 mod transformer;
+mod weights;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -22,6 +24,7 @@ use candle_core::{DType, Device, Tensor};
 pub use config::UNetConfig;
 pub use tap::Tap;
 pub use text::TextKeys;
+pub use weights::Weight;
 
 use crate::config::weights_file;
 use crate::layers::{Conv2d, GroupNorm, TimestepEmbedding, silu};
@@ -42,6 +45,8 @@ pub struct UNet {
     up: Vec<UpBlock>,
     out: Option<(GroupNorm, Conv2d)>,
     weight_bytes: u64,
+    /// By name, as they are now.
+    weights: BTreeMap<String, Weight>,
     lora: lora::Merged,
     /// Stands for these weights as they are now, so that text keys and tapes made with others are recognised.
     revision: u64,
@@ -97,8 +102,13 @@ impl UNet {
 
     fn load_blocks(folder: &Path, tap: Option<&str>, dtype: DType, device: &Device) -> Result<Self> {
         let config = UNetConfig::load(&folder.join("config.json"))?;
-        let tap = tap.map(|name| config.tap(name)).transpose()?;
         let checkpoint = Checkpoint::open(&weights_file(folder, "diffusion_pytorch_model")?, dtype, device)?;
+        Self::from_checkpoint(checkpoint, config, tap)
+    }
+
+    /// Every tensor of the checkpoint has to be the U-Net's; those beyond the tap are passed over.
+    pub(crate) fn from_checkpoint(checkpoint: Checkpoint, config: UNetConfig, tap: Option<&str>) -> Result<Self> {
+        let tap = tap.map(|name| config.tap(name)).transpose()?;
         let unet = Self::build(&checkpoint.root(), config, tap)?;
         for prefix in unet.absent_prefixes() {
             checkpoint.ignore_below(&prefix);
@@ -142,6 +152,7 @@ impl UNet {
             mid,
             up,
             weight_bytes: root.taken_bytes(),
+            weights: weights::loaded(root.taken()),
             lora: lora::Merged::default(),
             revision: new_revision(),
             config,
@@ -179,12 +190,7 @@ impl UNet {
 
     /// The activation `[B, C, h, w]` of a tap and what its gradient needs.
     pub fn forward_to(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys, tap: Tap) -> Result<(Tensor, Tape)> {
-        let loaded = match tap {
-            Tap::Down(i) => i < self.down.len(),
-            Tap::Mid => self.mid.is_some(),
-            Tap::Up(i) => i < self.up.len(),
-        };
-        if !loaded {
+        if !self.is_loaded(tap) {
             return Err(Error::Input(format!("tap {tap} is not loaded")));
         }
         let (activation, tape) = self.run(latents, timesteps, text, Some(tap))?;
@@ -295,11 +301,18 @@ impl UNet {
 
     /// Path prefixes of the blocks that the configuration has but that were not loaded.
     fn absent_prefixes(&self) -> Vec<String> {
-        let levels = self.config.levels();
-        let down = (self.down.len()..levels).map(|i| format!("down_blocks.{i}."));
-        let mid = self.mid.is_none().then(|| "mid_block.".to_owned());
-        let up = (self.up.len()..levels).map(|i| format!("up_blocks.{i}."));
-        let out = self.out.is_none().then_some(["conv_norm_out.".to_owned(), "conv_out.".to_owned()]);
-        down.chain(mid).chain(up).chain(out.into_iter().flatten()).collect()
+        if self.out.is_some() {
+            return Vec::new();
+        }
+        let last = self.config.taps().into_iter().filter(|tap| self.is_loaded(*tap)).next_back();
+        last.map_or_else(Vec::new, |last| self.config.prefixes_beyond(last))
+    }
+
+    fn is_loaded(&self, tap: Tap) -> bool {
+        match tap {
+            Tap::Down(i) => i < self.down.len(),
+            Tap::Mid => self.mid.is_some(),
+            Tap::Up(i) => i < self.up.len(),
+        }
     }
 }

@@ -44,6 +44,11 @@ impl TextKeys {
         Ok(Self { slots, batch: len, revision: self.revision })
     }
 
+    /// Whether they were computed with the weights that `unet` has now.
+    pub fn is_of(&self, unet: &UNet) -> bool {
+        self.revision == unet.revision
+    }
+
     pub(super) fn at(&self, slot: TextSlot) -> KeysValues {
         self.slots[slot.0].1.clone()
     }

@@ -22,6 +22,9 @@ pub use error::*;
 pub use ext::gradient::*;
 pub use ext::lora::*;
 pub use ext::params::*;
+pub use ext::progress::*;
+pub use ext::split::*;
+pub use ext::weights::*;
 pub use host::*;
 pub(crate) use layout::equal;
 pub use layout::{Constant, ConstantValue, FieldLayout, StructLayout};
@@ -30,13 +33,16 @@ pub use report::*;
 pub use sampling::*;
 pub use view::*;
 
-const ALL_STRUCTS: [&[StructLayout]; 11] = [
+const ALL_STRUCTS: [&[StructLayout]; 14] = [
     dlpack::STRUCTS,
     entry::STRUCTS,
     error::STRUCTS,
     ext::gradient::STRUCTS,
     ext::lora::STRUCTS,
     ext::params::STRUCTS,
+    ext::progress::STRUCTS,
+    ext::split::STRUCTS,
+    ext::weights::STRUCTS,
     host::STRUCTS,
     plugin::STRUCTS,
     report::STRUCTS,
@@ -44,13 +50,16 @@ const ALL_STRUCTS: [&[StructLayout]; 11] = [
     view::STRUCTS,
 ];
 
-const ALL_CONSTANTS: [&[Constant]; 11] = [
+const ALL_CONSTANTS: [&[Constant]; 14] = [
     dlpack::CONSTANTS,
     entry::CONSTANTS,
     error::CONSTANTS,
     ext::gradient::CONSTANTS,
     ext::lora::CONSTANTS,
     ext::params::CONSTANTS,
+    ext::progress::CONSTANTS,
+    ext::split::CONSTANTS,
+    ext::weights::CONSTANTS,
     host::CONSTANTS,
     plugin::CONSTANTS,
     report::CONSTANTS,

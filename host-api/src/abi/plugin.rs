@@ -16,6 +16,8 @@ c_constants! {
     pub const SH_NEEDS_CONTEXT: u32 = 2;
     /// `sh_text.pooled`, or context and `end_of_text`.
     pub const SH_NEEDS_POOLED: u32 = 4;
+    /// The host extension `SH_HOST_WEIGHTS`.
+    pub const SH_NEEDS_WEIGHTS: u32 = 8;
 }
 
 c_structs! {

@@ -63,7 +63,7 @@ c_structs! {
         pub struct_size: u32,
         /// B.
         pub batch: u32,
-        /// At least 1.
+        /// Of the schedule; at least 1.
         pub steps: u32,
         /// 0.
         pub reserved: u32,
@@ -79,7 +79,7 @@ c_structs! {
         pub struct_size: u32,
         /// `0 .. count - 1`.
         pub index: u32,
-        /// Steps of the run.
+        /// Steps of the schedule.
         pub count: u32,
         /// 0 for the step's first noise prediction.
         pub sub_evaluation: u32,

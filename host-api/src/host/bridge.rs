@@ -4,9 +4,13 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex};
 
-use super::Host;
 use super::gradient::{self, Activation};
-use crate::abi::{SH_HOST_GRADIENT, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_TRACE, SH_LOG_WARN, sh_host, sh_string};
+use super::weights::{self, LentTensor};
+use super::{Host, Weights};
+use crate::abi::{
+    SH_HOST_GRADIENT, SH_HOST_PROGRESS, SH_HOST_WEIGHTS, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_TRACE, SH_LOG_WARN,
+    sh_host, sh_host_progress, sh_string,
+};
 use crate::ffi::{self, read_string};
 
 /// What `sh_host.instance` points to. Lives in a box from create to destroy.
@@ -14,6 +18,9 @@ pub(super) struct Bridge {
     pub(super) table: sh_host,
     pub(super) host: Arc<dyn Host>,
     pub(super) activation: Mutex<Option<Activation>>,
+    pub(super) tensor: Mutex<Option<LentTensor>>,
+    /// Names of the tensors that the host lends; empty when it lends none.
+    pub(super) weight_names: Vec<String>,
     name: String,
     version: String,
     lends_gradient: bool,
@@ -34,7 +41,10 @@ impl Bridge {
         };
         let (name, version) = (host.name().to_owned(), host.version().to_owned());
         let lends_gradient = host.gradient().is_some();
-        let bridge = Box::new(Self { table, host, activation: Mutex::new(None), name, version, lends_gradient });
+        let weight_names = host.weights().map_or_else(Vec::new, Weights::names);
+        let (activation, tensor) = (Mutex::new(None), Mutex::new(None));
+        let bridge = Self { table, host, activation, tensor, weight_names, name, version, lends_gradient };
+        let bridge = Box::new(bridge);
         let bridge = Box::into_raw(bridge);
         // SAFETY: just allocated, and nobody else has it yet.
         unsafe {
@@ -86,6 +96,22 @@ unsafe extern "C" fn extension(host: *const sh_host, id: sh_string) -> *const c_
     let (bridge, id) = unsafe { (bridge(host), read_string(id, "extension id")) };
     match (bridge, id.as_deref()) {
         (Some(bridge), Ok(SH_HOST_GRADIENT)) if bridge.lends_gradient => ptr::from_ref(&gradient::TABLE).cast(),
+        (Some(bridge), Ok(SH_HOST_WEIGHTS)) if !bridge.weight_names.is_empty() => ptr::from_ref(&weights::TABLE).cast(),
+        (Some(_), Ok(SH_HOST_PROGRESS)) => ptr::from_ref(&PROGRESS).cast(),
         _ => ptr::null(),
+    }
+}
+
+static PROGRESS: sh_host_progress =
+    sh_host_progress { struct_size: ffi::struct_size::<sh_host_progress>(), reserved: 0, progress: Some(progress) };
+
+unsafe extern "C" fn progress(host: *const sh_host, task: sh_string, done: u64, total: u64) {
+    // SAFETY: the plugin passes the host that it was given, and a string that is valid for this call.
+    let (bridge, task) = unsafe { (bridge(host), read_string(task, "task")) };
+    if let (Some(bridge), Ok(task)) = (bridge, task) {
+        let _ = ffi::catch(|| {
+            bridge.host.progress(&task, done, total);
+            Ok(())
+        });
     }
 }

@@ -36,7 +36,11 @@ impl Bridge {
 
 /// # Safety
 /// `host` is null or the table of a living bridge; `error` is null or points to an `sh_error`.
-unsafe fn enter(host: *const sh_host, error: *mut sh_error, call: impl FnOnce(&Bridge) -> Result<()>) -> sh_status {
+pub(super) unsafe fn enter(
+    host: *const sh_host,
+    error: *mut sh_error,
+    call: impl FnOnce(&Bridge) -> Result<()>,
+) -> sh_status {
     // SAFETY: the caller's promise.
     if let Err(refused) = unsafe { ffi::error::check(error) } {
         return refused.status.code();

@@ -6,7 +6,10 @@ use std::sync::Arc;
 
 use super::extensions::{InstanceLora, InstanceParams};
 use super::plugin::Plugin;
-use crate::abi::{SH_NEEDS_CONTEXT, SH_NEEDS_GRADIENT, SH_NEEDS_POOLED, sh_needs, sh_string, sh_view};
+use super::split::InstanceSplit;
+use crate::abi::{
+    SH_NEEDS_CONTEXT, SH_NEEDS_GRADIENT, SH_NEEDS_POOLED, SH_NEEDS_WEIGHTS, sh_needs, sh_string, sh_view,
+};
 use crate::error::{Error, Result, Status};
 use crate::ffi::text::RawText;
 use crate::ffi::{self, read_string};
@@ -41,7 +44,8 @@ impl Instance {
         let mut needs = sh_needs { struct_size: ffi::struct_size::<sh_needs>(), flags: 0, tap: sh_string::EMPTY };
         // SAFETY: the instance lives as long as `self`.
         self.plugin.call(self.plugin.table().needs, |f, plugin, error| unsafe { f(plugin, &mut needs, error) })?;
-        let unknown = needs.flags & !(SH_NEEDS_GRADIENT | SH_NEEDS_CONTEXT | SH_NEEDS_POOLED);
+        let known = SH_NEEDS_GRADIENT | SH_NEEDS_CONTEXT | SH_NEEDS_POOLED | SH_NEEDS_WEIGHTS;
+        let unknown = needs.flags & !known;
         if unknown != 0 {
             let message = format!("the plugin needs what this host does not know: flags {unknown:#x}");
             return Err(Error::new(Status::Unsupported, message));
@@ -50,6 +54,7 @@ impl Instance {
             gradient: needs.flags & SH_NEEDS_GRADIENT != 0,
             context: needs.flags & SH_NEEDS_CONTEXT != 0,
             pooled: needs.flags & SH_NEEDS_POOLED != 0,
+            weights: needs.flags & SH_NEEDS_WEIGHTS != 0,
             // SAFETY: the tap is valid until the next prepare or destroy.
             tap: unsafe { read_string(needs.tap, "tap") }?,
         })
@@ -104,6 +109,11 @@ impl Instance {
     pub fn memory(&self) -> u64 {
         // SAFETY: the instance lives as long as `self`.
         self.plugin.table().memory.map_or(0, |memory| unsafe { memory(self.plugin.as_ptr()) })
+    }
+
+    /// The two halves of a step, when the plugin has them.
+    pub fn split(&mut self) -> Result<Option<InstanceSplit<'_>>> {
+        InstanceSplit::new(&self.plugin, self.batch)
     }
 
     /// The plugin's parameters, when it has them. They may be used from any thread.

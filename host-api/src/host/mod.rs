@@ -7,10 +7,15 @@ mod gradient;
 mod instance;
 mod library;
 mod plugin;
+mod split;
+mod weights;
 
 pub use extensions::{InstanceLora, InstanceParams};
 pub use instance::Instance;
 pub use library::{Door, Library};
+pub use split::InstanceSplit;
+
+use half::{bf16, f16};
 
 use crate::error::Result;
 use crate::types::Step;
@@ -37,6 +42,41 @@ pub trait Host: Send + Sync + 'static {
     fn gradient(&self) -> Option<&dyn Gradient> {
         None
     }
+
+    /// The host's U-Net weights, when it lends them. The answer to the first call holds for the life of an instance.
+    fn weights(&self) -> Option<&dyn Weights> {
+        None
+    }
+
+    /// `done` parts of `total` of a plugin's task are finished.
+    fn progress(&self, _task: &str, _done: u64, _total: u64) {}
+}
+
+/// The host extension `sampler-hook.weights/1`: the U-Net's tensors as they are when the host samples, by their diffusers names.
+/// Called inside prepare, begin and step, on their thread.
+pub trait Weights: Send + Sync {
+    /// Another number whenever a tensor has changed.
+    fn revision(&self) -> u64;
+
+    /// The names, such as `conv_in.weight`. Asked once for the life of an instance.
+    fn names(&self) -> Vec<String>;
+
+    /// Another number whenever this tensor has changed.
+    fn tensor_revision(&self, name: &str) -> Result<u64>;
+
+    /// A tensor's shape and its numbers in row-major order.
+    fn tensor(&self, name: &str) -> Result<(Vec<usize>, WeightData)>;
+}
+
+/// The numbers of a tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum WeightData {
+    /// 32 bits each.
+    F32(Vec<f32>),
+    /// 16 bits each, IEEE.
+    F16(Vec<f16>),
+    /// 16 bits each, the upper half of an `f32`.
+    Bf16(Vec<bf16>),
 }
 
 /// The host extension `sampler-hook.gradient/1`. Called inside a step, on its thread.

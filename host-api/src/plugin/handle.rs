@@ -46,6 +46,54 @@ impl HostHandle {
     }
 }
 
+impl HostHandle {
+    /// The host's U-Net weights, when it lends them.
+    pub fn weights(&self) -> Option<HostWeights> {
+        self.slot.has_weights().then(|| HostWeights { slot: self.slot.clone() })
+    }
+
+    /// Shows the user that `done` parts of `total` of a task are finished.
+    pub fn progress(&self, task: &str, done: usize, total: usize) {
+        self.slot.report_progress(task, done as u64, total as u64);
+    }
+}
+
+/// The host extension `sampler-hook.weights/1`. Its functions may only be called inside `prepare`, `begin` and `step`, on their
+/// thread.
+#[derive(Clone)]
+pub struct HostWeights {
+    slot: Arc<HostSlot>,
+}
+
+impl HostWeights {
+    /// Another number whenever a tensor has changed.
+    pub fn revision(&self) -> Result<u64> {
+        self.slot.weights_revision()
+    }
+
+    /// The tensors' diffusers names, in the order of their indices.
+    pub fn names(&self) -> Result<Vec<String>> {
+        self.slot.weight_names()
+    }
+
+    /// Another number whenever the tensor at `index` has changed.
+    pub fn tensor_revision(&self, index: usize) -> Result<u64> {
+        Ok(self.slot.weight(index, false)?.0)
+    }
+
+    /// The tensor at `index`: its shape and its numbers in row-major order.
+    pub fn tensor(&self, index: usize) -> Result<(Vec<usize>, Vec<f32>)> {
+        let (_, tensor) = self.slot.weight(index, true)?;
+        tensor.ok_or_else(|| Error::new(crate::error::Status::Internal, "a tensor that was asked for is not there"))
+    }
+}
+
+impl fmt::Debug for HostWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostWeights of {}", self.slot.name())
+    }
+}
+
 impl fmt::Debug for HostHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HostHandle({} {})", self.name(), self.version())

@@ -135,7 +135,9 @@ impl<P: Plugin> Instance<P> {
 
     pub(super) fn prepare(&self, model: &Model<'_>, device: Device) -> Result<()> {
         let mut core = self.lock("prepare", &[State::Created, State::Prepared])?;
+        let lent = self.host.enter_call();
         core.plugin.prepare(model, device)?;
+        drop(lent);
         core.taps.clear();
         core.latent_channels = model.latent_channels;
         self.remember_memory(&core);
@@ -145,11 +147,12 @@ impl<P: Plugin> Instance<P> {
 
     /// Fills the members of `needs` but `struct_size`.
     pub(super) fn needs(&self) -> Result<sh_needs> {
-        use crate::abi::{SH_NEEDS_CONTEXT, SH_NEEDS_GRADIENT, SH_NEEDS_POOLED, sh_string};
+        use crate::abi::{SH_NEEDS_CONTEXT, SH_NEEDS_GRADIENT, SH_NEEDS_POOLED, SH_NEEDS_WEIGHTS, sh_string};
         let mut core = self.lock("needs", &[State::Prepared, State::Running])?;
-        let Needs { gradient, context, pooled, tap } = core.plugin.needs();
+        let Needs { gradient, context, pooled, weights, tap } = core.plugin.needs();
         let flag = |wanted: bool, flag: u32| if wanted { flag } else { 0 };
         let flags = flag(gradient, SH_NEEDS_GRADIENT) | flag(context, SH_NEEDS_CONTEXT) | flag(pooled, SH_NEEDS_POOLED);
+        let flags = flags | flag(weights, SH_NEEDS_WEIGHTS);
         let known = core.taps.iter().position(|known| **known == *tap);
         let index = known.unwrap_or_else(|| {
             core.taps.push(tap.into());
@@ -167,7 +170,9 @@ impl<P: Plugin> Instance<P> {
         let mut core = self.lock("begin", &[State::Prepared])?;
         if run.batch > 0 {
             self.check_needs(&core.plugin.needs(), run)?;
+            let lent = self.host.enter_call();
             core.plugin.begin(run)?;
+            drop(lent);
         }
         core.run = Some(RunShape { batch: run.batch, steps: run.steps });
         self.remember_memory(&core);
@@ -179,6 +184,10 @@ impl<P: Plugin> Instance<P> {
         let text = &run.text;
         if needs.gradient && !self.host.has_gradient() {
             let message = "this plugin needs the host extension sampler-hook.gradient/1, which the host does not have";
+            return Err(Error::new(Status::Unsupported, message));
+        }
+        if needs.weights && !self.host.has_weights() {
+            let message = "this plugin needs the host extension sampler-hook.weights/1, which the host does not have";
             return Err(Error::new(Status::Unsupported, message));
         }
         if needs.context && text.context.is_none() {

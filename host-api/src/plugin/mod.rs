@@ -11,12 +11,13 @@ mod lora_file;
 mod params;
 mod registration;
 mod slot;
+mod split;
 mod step;
 mod tables;
 
 use std::sync::Arc;
 
-pub use handle::{HostGradient, HostHandle};
+pub use handle::{HostGradient, HostHandle, HostWeights};
 pub use latents::Latents;
 pub use lora::{Lora, LoraEntry, LoraLayout};
 pub use params::{ParamKind, ParamSpec, Params};
@@ -24,6 +25,7 @@ pub use registration::{PluginList, Registration, entry};
 
 use crate::error::Result;
 use crate::types::{Descriptor, Device, Model, Needs, Report, Run, Step};
+use crate::view::View;
 
 /// A plugin. The functions are called in the order of the states: create, prepare, begin, step, end; never two at a time.
 ///
@@ -50,6 +52,35 @@ pub trait Plugin: Send + Sized + 'static {
     /// it stays as it was, whatever was written. With an outcome other than [`Outcome::Corrected`](crate::Outcome), write
     /// nothing.
     fn step(&mut self, step: &Step<'_>, latents: &mut Latents<'_>, report: &mut Report) -> Result<()>;
+
+    /// Whether [`Plugin::score`] and [`Plugin::apply`], the two halves of a step, are implemented.
+    const SPLIT: bool = false;
+
+    /// The first half of a step, for a host with an autograd of its own: from the features `[B, C, h, w]` of the block that
+    /// `needs` names to each item's score and, when the outcome is [`Outcome::Corrected`](crate::Outcome) and `cotangent` is
+    /// wanted, the scores' gradient for the features in row-major order. Without features only the outcome is asked for.
+    fn score(
+        &mut self,
+        step: &Step<'_>,
+        features: Option<&View<'_>>,
+        cotangent: bool,
+        report: &mut Report,
+    ) -> Result<Option<Vec<f32>>> {
+        let _ = (step, features, cotangent, report);
+        Err(split::absent())
+    }
+
+    /// The second half: as [`Plugin::step`], with the scores' gradient for the latents, of their shape and in VP space.
+    fn apply(
+        &mut self,
+        step: &Step<'_>,
+        latents: &mut Latents<'_>,
+        gradient: &View<'_>,
+        report: &mut Report,
+    ) -> Result<()> {
+        let _ = (step, latents, gradient, report);
+        Err(split::absent())
+    }
 
     /// Ends the run, finished or not. Not called for a batch of 0.
     fn end(&mut self) -> Result<()>;

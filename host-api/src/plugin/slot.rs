@@ -6,8 +6,8 @@ use std::thread::{self, ThreadId};
 
 use super::handle::host_failed;
 use crate::abi::{
-    SH_HOST_GRADIENT, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_INFO, SH_LOG_TRACE, SH_LOG_WARN, sh_host, sh_host_gradient,
-    sh_string,
+    SH_HOST_GRADIENT, SH_HOST_PROGRESS, SH_HOST_WEIGHTS, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_INFO, SH_LOG_TRACE,
+    SH_LOG_WARN, sh_host, sh_host_gradient, sh_host_progress, sh_host_weights, sh_string,
 };
 use crate::error::{Error, Result, Status};
 use crate::ffi::text::RawText;
@@ -21,18 +21,22 @@ struct HostPointers {
     host: *const sh_host,
     table: sh_host,
     gradient: Option<sh_host_gradient>,
+    weights: Option<sh_host_weights>,
+    progress: Option<sh_host_progress>,
 }
 
-// SAFETY: the header lets `log` and `cancelled` be called from any thread; the gradient's functions are only reached on the
-// thread of the step in progress, which `HostSlot::in_step` checks.
+// SAFETY: the header lets `log`, `cancelled` and `progress` be called from any thread; the functions of gradient and weights are
+// only reached on the thread of the call in progress, which `HostSlot::in_step` and `HostSlot::in_call` check.
 unsafe impl Send for HostPointers {}
 // SAFETY: as above; the struct is not changed after it was made.
 unsafe impl Sync for HostPointers {}
 
-/// The step in progress and the shape of the activation that the host keeps for it.
+/// The call in progress and the shape of the activation that the host keeps for it.
 #[derive(Default)]
 struct Progress {
     thread: Option<ThreadId>,
+    /// Whether the call is a step, which may ask for features and gradient.
+    step: bool,
     activation: Option<Vec<usize>>,
 }
 
@@ -41,6 +45,7 @@ pub(super) struct HostSlot {
     name: String,
     version: String,
     has_gradient: bool,
+    has_weights: bool,
     pointers: RwLock<Option<HostPointers>>,
     progress: Mutex<Progress>,
 }
@@ -60,22 +65,33 @@ impl HostSlot {
         // SAFETY: as above.
         let version = unsafe { read_string(table.version, "host version") }?;
         // SAFETY: the host is valid, and the id lives as long as the program.
-        let gradient = unsafe { extension(host, sh_string::from_static(SH_HOST_GRADIENT)) };
-        let gradient = if gradient.is_null() {
-            None
-        } else {
-            // SAFETY: the host returned its gradient extension.
-            let gradient = unsafe { read_struct(gradient.cast::<sh_host_gradient>(), "host gradient") }?;
+        let find = |id| unsafe { extension(host, sh_string::from_static(id)) };
+        // SAFETY: what the host returned for an id is null or that extension's table, here and below.
+        let gradient = unsafe { read_optional(find(SH_HOST_GRADIENT).cast::<sh_host_gradient>(), "host gradient") }?;
+        if let Some(gradient) = &gradient {
             gradient.features.ok_or_else(|| missing("gradient features"))?;
             gradient.vjp.ok_or_else(|| missing("gradient vjp"))?;
             gradient.release.ok_or_else(|| missing("gradient release"))?;
-            Some(gradient)
-        };
-        let pointers = HostPointers { host, table, gradient };
+        }
+        // SAFETY: as above.
+        let weights = unsafe { read_optional(find(SH_HOST_WEIGHTS).cast::<sh_host_weights>(), "host weights") }?;
+        if let Some(weights) = &weights {
+            weights.revision.ok_or_else(|| missing("weights revision"))?;
+            weights.count.ok_or_else(|| missing("weights count"))?;
+            weights.name.ok_or_else(|| missing("weights name"))?;
+            weights.tensor.ok_or_else(|| missing("weights tensor"))?;
+        }
+        // SAFETY: as above.
+        let progress = unsafe { read_optional(find(SH_HOST_PROGRESS).cast::<sh_host_progress>(), "host progress") }?;
+        if let Some(progress) = &progress {
+            progress.progress.ok_or_else(|| missing("progress"))?;
+        }
+        let pointers = HostPointers { host, table, gradient, weights, progress };
         Ok(Self {
             name,
             version,
             has_gradient: gradient.is_some(),
+            has_weights: weights.is_some(),
             pointers: RwLock::new(Some(pointers)),
             progress: Mutex::default(),
         })
@@ -96,6 +112,19 @@ impl HostSlot {
 
     pub(super) fn has_gradient(&self) -> bool {
         self.has_gradient
+    }
+
+    pub(super) fn has_weights(&self) -> bool {
+        self.has_weights
+    }
+
+    pub(super) fn report_progress(&self, task: &str, done: u64, total: u64) {
+        self.with(|pointers| {
+            if let Some(progress) = pointers.progress.and_then(|table| table.progress) {
+                // SAFETY: the host lives while the slot holds it; the task is borrowed for the call.
+                unsafe { progress(pointers.host, sh_string::borrowing(task), done, total) };
+            }
+        });
     }
 
     /// Calls `f` with the host, unless it is gone.
@@ -129,15 +158,26 @@ impl HostSlot {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets this thread call the gradient's functions until the guard is dropped.
-    pub(super) fn enter_step(&self) -> StepGuard<'_> {
-        *self.progress() = Progress { thread: Some(thread::current().id()), activation: None };
-        StepGuard { slot: self }
+    /// Lets this thread call the functions of gradient and weights until the guard is dropped.
+    pub(super) fn enter_step(&self) -> CallGuard<'_> {
+        *self.progress() = Progress { thread: Some(thread::current().id()), step: true, activation: None };
+        CallGuard { slot: self }
+    }
+
+    /// The same for the weights alone.
+    pub(super) fn enter_call(&self) -> CallGuard<'_> {
+        *self.progress() = Progress { thread: Some(thread::current().id()), step: false, activation: None };
+        CallGuard { slot: self }
+    }
+
+    fn is_in(&self, step: bool) -> bool {
+        let progress = self.progress();
+        progress.thread == Some(thread::current().id()) && (progress.step || !step)
     }
 
     /// The host and its gradient extension, inside a step.
     fn in_step<T>(&self, f: impl FnOnce(&HostPointers, &sh_host_gradient) -> Result<T>) -> Result<T> {
-        if self.progress().thread != Some(thread::current().id()) {
+        if !self.is_in(true) {
             let message = "the host's gradient is only lent inside a step, on its thread";
             return Err(Error::new(Status::InvalidState, message));
         }
@@ -146,6 +186,53 @@ impl HostSlot {
             None => Err(Error::new(Status::Unsupported, "the host lends no gradient")),
         };
         self.with(call).unwrap_or_else(|| Err(Error::new(Status::InvalidState, "the host is gone")))
+    }
+
+    /// The host and its weights, inside a call.
+    fn in_call<T>(&self, f: impl FnOnce(&HostPointers, &sh_host_weights) -> Result<T>) -> Result<T> {
+        if !self.is_in(false) {
+            let message = "the host's weights are only lent inside prepare, begin and step, on their thread";
+            return Err(Error::new(Status::InvalidState, message));
+        }
+        let call = |pointers: &HostPointers| match &pointers.weights {
+            Some(weights) => f(pointers, weights),
+            None => Err(Error::new(Status::Unsupported, "the host lends no weights")),
+        };
+        self.with(call).unwrap_or_else(|| Err(Error::new(Status::InvalidState, "the host is gone")))
+    }
+
+    pub(super) fn weights_revision(&self) -> Result<u64> {
+        // SAFETY: the host lives while the slot holds it.
+        self.in_call(|pointers, table| Ok(table.revision.map_or(0, |revision| unsafe { revision(pointers.host) })))
+    }
+
+    pub(super) fn weight_names(&self) -> Result<Vec<String>> {
+        self.in_call(|pointers, table| {
+            let (Some(count), Some(name)) = (table.count, table.name) else { return Ok(Vec::new()) };
+            // SAFETY: the host lives while the slot holds it; its names are valid until destroy.
+            let (count, at) =
+                unsafe { (count(pointers.host), |index| read_string(name(pointers.host, index), "name")) };
+            (0..count).map(at).collect()
+        })
+    }
+
+    /// A tensor's own revision and, when `read`, its shape and numbers.
+    pub(super) fn weight(&self, index: usize, read: bool) -> Result<(u64, Option<(Vec<usize>, Vec<f32>)>)> {
+        self.in_call(|pointers, table| {
+            let tensor = table.tensor.ok_or_else(|| Error::new(Status::Internal, "tensor is NULL"))?;
+            let (mut view, mut revision, mut error) = (ffi::view::empty(), 0, ffi::error::empty());
+            let target = if read { &raw mut view } else { std::ptr::null_mut() };
+            // SAFETY: the host lives while the slot holds it; all other pointers are to locals that outlive the call.
+            let code = unsafe { tensor(pointers.host, index as u64, target, &mut revision, &mut error) };
+            ffi::error::read(code, &error).map_err(|error| host_failed("weights", error))?;
+            if !read {
+                return Ok((revision, None));
+            }
+            // SAFETY: the host filled the view, and the tensor is valid until the next one is asked for.
+            let view =
+                unsafe { View::from_raw(&view, "host weight") }.map_err(|error| host_failed("weights", error))?;
+            Ok((revision, Some((view.shape().to_vec(), view.to_vec()))))
+        })
     }
 
     pub(super) fn features(
@@ -215,12 +302,21 @@ impl HostSlot {
     }
 }
 
-/// Ends the step for the slot: releases what is left and closes the gradient again.
-pub(super) struct StepGuard<'a> {
+/// A copy of an extension's table; `None` for null.
+///
+/// # Safety
+/// `table` is null or points to a struct that starts with `struct_size` and is as large as it says.
+unsafe fn read_optional<T: Copy>(table: *const T, what: &str) -> Result<Option<T>> {
+    // SAFETY: the caller's promise.
+    if table.is_null() { Ok(None) } else { unsafe { read_struct(table, what) }.map(Some) }
+}
+
+/// Ends the call for the slot: releases what is left and closes gradient and weights again.
+pub(super) struct CallGuard<'a> {
     slot: &'a HostSlot,
 }
 
-impl Drop for StepGuard<'_> {
+impl Drop for CallGuard<'_> {
     fn drop(&mut self) {
         self.slot.release();
         *self.slot.progress() = Progress::default();

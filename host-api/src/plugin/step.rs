@@ -9,10 +9,10 @@ use crate::abi::{sh_report, sh_step, sh_view};
 use crate::error::{Error, Result, Status};
 use crate::ffi::report::ReportTarget;
 use crate::ffi::sampling::StepParts;
-use crate::types::{Outcome, Report};
+use crate::types::{Outcome, Report, Step};
 use crate::view::{View, ViewMut};
 
-/// The raw arguments of a step.
+/// The raw arguments of a step or of its second half.
 pub(super) struct StepArguments {
     pub(super) step: *const sh_step,
     pub(super) latents: *const sh_view,
@@ -23,8 +23,22 @@ pub(super) struct StepArguments {
 /// # Safety
 /// The pointers are null or what the header says they are.
 pub(super) unsafe fn step<P: Plugin>(instance: &Instance<P>, arguments: &StepArguments) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { correct(instance, "step", arguments, |plugin, step, latents, report| plugin.step(step, latents, report)) }
+}
+
+/// Checks the arguments, lets `correct` write latents, and hands them over when all went well.
+///
+/// # Safety
+/// The pointers are null or what the header says they are.
+pub(super) unsafe fn correct<P: Plugin>(
+    instance: &Instance<P>,
+    call: &str,
+    arguments: &StepArguments,
+    correct: impl FnOnce(&mut P, &Step<'_>, &mut Latents<'_>, &mut Report) -> Result<()>,
+) -> Result<()> {
     let started = Instant::now();
-    let mut core = instance.lock("step", &[State::Running])?;
+    let mut core = instance.lock(call, &[State::Running])?;
     let no_run = || Error::new(Status::Internal, "running without a run");
     let run = core.run.ok_or_else(no_run)?;
     // SAFETY: the caller's promise, for this and the next three.
@@ -36,9 +50,7 @@ pub(super) unsafe fn step<P: Plugin>(instance: &Instance<P>, arguments: &StepArg
     // SAFETY: as above.
     let mut out = unsafe { ViewMut::from_raw(arguments.out, "out") }?;
     let step = parts.step();
-    if step.count != run.steps {
-        return Err(Error::invalid_argument(format!("step: count {} in a run of {} steps", step.count, run.steps)));
-    }
+    check_count(&step, run)?;
     let shape = check_latents(&latents, run, core.latent_channels)?;
     let in_place = check_out(&latents, &out)?;
 
@@ -49,7 +61,7 @@ pub(super) unsafe fn step<P: Plugin>(instance: &Instance<P>, arguments: &StepArg
         let mut latents = Latents::new(latents, shape);
         check_cancelled(instance)?;
         let lent = instance.host.enter_step();
-        let stepped = core.plugin.step(&step, &mut latents, &mut report);
+        let stepped = correct(&mut core.plugin, &step, &mut latents, &mut report);
         drop(lent);
         stepped?;
         check_cancelled(instance)?;
@@ -65,7 +77,14 @@ pub(super) unsafe fn step<P: Plugin>(instance: &Instance<P>, arguments: &StepArg
     Ok(())
 }
 
-fn check_cancelled<P>(instance: &Instance<P>) -> Result<()> {
+pub(super) fn check_count(step: &Step<'_>, run: RunShape) -> Result<()> {
+    if step.count != run.steps {
+        return Err(Error::invalid_argument(format!("step: count {} in a run of {} steps", step.count, run.steps)));
+    }
+    Ok(())
+}
+
+pub(super) fn check_cancelled<P>(instance: &Instance<P>) -> Result<()> {
     match instance.host.cancelled() {
         true => Err(Error::new(Status::Cancelled, "the host cancelled the step")),
         false => Ok(()),

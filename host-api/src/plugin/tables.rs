@@ -6,10 +6,10 @@ use std::ptr;
 use super::Plugin;
 use super::instance::{Instance, State};
 use super::step::{StepArguments, step as run_step};
-use super::{extensions, instance};
+use super::{extensions, instance, split};
 use crate::abi::{
-    DLDevice, SH_PLUGIN_LORA, SH_PLUGIN_PARAMS, sh_error, sh_model, sh_needs, sh_plugin, sh_report, sh_run, sh_status,
-    sh_step, sh_string, sh_view,
+    DLDevice, SH_PLUGIN_LORA, SH_PLUGIN_PARAMS, SH_PLUGIN_SPLIT, sh_error, sh_model, sh_needs, sh_plugin, sh_report,
+    sh_run, sh_status, sh_step, sh_string, sh_view,
 };
 use crate::error::{Error, Result, Status};
 use crate::ffi::sampling::{ModelParts, RunParts};
@@ -177,6 +177,7 @@ unsafe extern "C" fn extension<P: Plugin>(plugin: *const sh_plugin, id: sh_strin
     match id.as_str() {
         SH_PLUGIN_PARAMS if instance.params.is_some() => ptr::from_ref(extensions::params::<P>()).cast(),
         SH_PLUGIN_LORA if instance.lora.is_some() => ptr::from_ref(extensions::lora::<P>()).cast(),
+        SH_PLUGIN_SPLIT if P::SPLIT => ptr::from_ref(split::table::<P>()).cast(),
         _ => ptr::null(),
     }
 }

@@ -68,6 +68,7 @@ impl Plugin for Probe {
             gradient: needs("gradient"),
             context: needs("context"),
             pooled: needs("pooled"),
+            weights: needs("weights"),
             tap: if needs("gradient") { "mid".into() } else { String::new() },
         }
     }
