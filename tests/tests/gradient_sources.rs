@@ -21,7 +21,6 @@ use tests::hosts::{Lender as GradientLender, plain};
 use tests::{FAMILIES, assert_close, case, committed, plugin_library, relative_error, tiny_unet, values};
 
 const TAPS: [&str; 2] = ["mid", "up1"];
-const SOURCES: [&str; 4] = ["host", "plugin", "weights", "split"];
 
 struct Setting {
     family: &'static str,
@@ -62,7 +61,7 @@ impl Setting {
 fn request(scheduler: Scheduler, mode: Mode) -> Request {
     let noise = (values(3, (2, 4, 16, 16)) * 1.4).unwrap();
     let prompts = vec!["a red circle left of a blue square".into(), "naïve café".into()];
-    Request { mode, ..Request::new(prompts, scheduler, 4, 5., noise) }
+    Request { mode, ..Request::new(prompts, scheduler, 3, 5., noise) }
 }
 
 fn sample(session: &mut Session, request: &Request) -> RunOutcome {
@@ -72,10 +71,12 @@ fn sample(session: &mut Session, request: &Request) -> RunOutcome {
 #[test]
 fn every_source_gives_the_same_run() {
     for setting in Setting::all() {
-        for (scheduler, mode) in [(Scheduler::Ddim, Mode::Paper), (Scheduler::Euler, Mode::ConditionOnly)] {
+        // Sigma space once per family is enough.
+        let euler = (setting.tap == "mid").then_some((Scheduler::Euler, Mode::ConditionOnly));
+        for (scheduler, mode) in [(Scheduler::Ddim, Mode::Paper)].into_iter().chain(euler) {
             let request = request(scheduler, mode);
             let host = sample(&mut setting.session("host"), &request);
-            for source in SOURCES {
+            for source in ["plugin", "weights", "split"] {
                 let other = sample(&mut setting.session(source), &request);
                 let what = format!("{} {source}, {scheduler}", setting.name());
                 assert_close(&what, &other.latents, &host.latents, 1e-5);

@@ -42,7 +42,7 @@ fn configurations() {
     refused_config(json!({"eta": "1"}), InvalidConfig, &["string", "expected f64"]);
     refused_config(json!({"start": 1.5}), InvalidConfig, &["start = 1.5", "between 0 and 1"]);
     refused_config(json!({"every": 0}), InvalidConfig, &["every = 0", "between 1 and 1000"]);
-    refused_config(json!({"gradient": "both"}), InvalidConfig, &["`both`", "`host` or `plugin`"]);
+    refused_config(json!({"gradient": "both"}), InvalidConfig, &["`both`", "`host`, `plugin`, `weights`, `split`"]);
     refused_config(json!({"gradient": "plugin"}), InvalidConfig, &["\"plugin\"", "`base_model`"]);
     refused_config(json!({"device": "gpu"}), InvalidConfig, &["`gpu`", "`cpu`, `cuda` or `cuda:N`"]);
     refused_config(json!({"dtype": "f64"}), InvalidConfig, &["`f64`", "`f32`, `f16` or `bf16`"]);
