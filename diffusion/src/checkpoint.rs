@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
@@ -21,6 +22,8 @@ const MAX_HEADER: u64 = 100_000_000;
 /// some were never asked for.
 pub struct Checkpoint {
     source: Source,
+    /// Where each name is found, in a view of another checkpoint.
+    view: Option<BTreeMap<String, Stored>>,
     path: PathBuf,
     dtype: DType,
     device: Device,
@@ -29,9 +32,20 @@ pub struct Checkpoint {
     taken_bytes: Cell<u64>,
 }
 
+#[derive(Clone)]
 enum Source {
-    Mapped(MmapedSafetensors),
-    Loaded(HashMap<String, Tensor>),
+    Mapped(Arc<MmapedSafetensors>),
+    Loaded(Arc<HashMap<String, Tensor>>),
+}
+
+/// How a tensor of a view is stored in the file: under another name, as some of the rows, in another shape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Stored {
+    pub(crate) name: String,
+    /// Start and number of rows, where it is a part.
+    pub(crate) rows: Option<(usize, usize)>,
+    /// The shape that it is delivered in, of as many values.
+    pub(crate) shape: Vec<usize>,
 }
 
 impl Checkpoint {
@@ -55,23 +69,30 @@ impl Checkpoint {
         // is read-only by contract (see the crate's documentation), as in every runtime that maps weights.
         let file = unsafe { MmapedSafetensors::new(path) }
             .map_err(|e| Error::file(path, format!("not a readable safetensors file: {e}")))?;
-        Ok(Self::new(path, Source::Mapped(file), dtype, device))
+        Ok(Self::new(path, Source::Mapped(Arc::new(file)), dtype, device))
     }
 
     /// Tensors that were read from `path` by other means, under the same rules.
     pub fn from_tensors(path: &Path, tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
-        Self::new(path, Source::Loaded(tensors), dtype, device)
+        Self::new(path, Source::Loaded(Arc::new(tensors)), dtype, device)
     }
 
     fn new(path: &Path, source: Source, dtype: DType, device: &Device) -> Self {
         Self {
             source,
+            view: None,
             path: path.to_owned(),
             dtype,
             device: device.clone(),
             taken: RefCell::default(),
             taken_bytes: Cell::new(0),
         }
+    }
+
+    /// The same file under other names, of which no others are seen.
+    pub(crate) fn view(&self, view: BTreeMap<String, Stored>) -> Self {
+        let view = Some(view);
+        Self { view, ..Self::new(&self.path, self.source.clone(), self.dtype, &self.device) }
     }
 
     /// The file's path.
@@ -86,6 +107,9 @@ impl Checkpoint {
 
     /// All names, sorted.
     pub fn names(&self) -> Vec<String> {
+        if let Some(view) = &self.view {
+            return view.keys().cloned().collect();
+        }
         let mut names: Vec<String> = match &self.source {
             Source::Mapped(file) => file.tensors().into_iter().map(|(name, _)| name).collect(),
             Source::Loaded(tensors) => tensors.keys().cloned().collect(),
@@ -108,7 +132,7 @@ impl Checkpoint {
         }
     }
 
-    /// A tensor as it is stored. Panics when the file has none of that name.
+    /// A tensor as it is stored in the file, by its name there. Panics when the file has none of that name.
     pub fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
         match &self.source {
             Source::Mapped(file) => {
@@ -153,7 +177,11 @@ impl Checkpoint {
         }
     }
 
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+    /// The shape that a tensor is delivered in.
+    pub(crate) fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        if let Some(view) = &self.view {
+            return view.get(name).map(|stored| stored.shape.clone());
+        }
         match &self.source {
             Source::Mapped(file) => file.get(name).ok().map(|view| view.shape().to_vec()),
             Source::Loaded(tensors) => tensors.get(name).map(|tensor| tensor.dims().to_vec()),
@@ -163,10 +191,18 @@ impl Checkpoint {
     /// As delivered. One NaN or infinity among the weights would spoil every picture, so such a tensor is refused.
     fn load(&self, name: &str) -> Result<Tensor> {
         let load = || -> candle_core::Result<(Tensor, bool)> {
-            let tensor = match &self.source {
-                Source::Mapped(file) => file.load(name, &Device::Cpu)?,
-                Source::Loaded(tensors) => tensors[name].clone(),
+            let stored = self.view.as_ref().and_then(|view| view.get(name));
+            let stored_name = stored.map_or(name, |stored| &stored.name);
+            let mut tensor = match &self.source {
+                Source::Mapped(file) => file.load(stored_name, &Device::Cpu)?,
+                Source::Loaded(tensors) => tensors[stored_name].clone(),
             };
+            if let Some(Stored { rows, shape, .. }) = stored {
+                if let Some((start, count)) = rows {
+                    tensor = tensor.narrow(0, *start, *count)?.contiguous()?;
+                }
+                tensor = tensor.reshape(&shape[..])?;
+            }
             let tensor = tensor.to_dtype(self.dtype)?;
             let finite = is_finite(&tensor)?;
             Ok((tensor.to_device(&self.device)?, finite))

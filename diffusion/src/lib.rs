@@ -1,5 +1,5 @@
 //! Stable Diffusion 1.x and 2.x on candle: text encoders, U-Net with taps, LoRA and hand-written input gradients, VAE,
-//! schedulers, and loading from folders in the diffusers layout.
+//! schedulers, and loading from folders in the diffusers layout and from single files under LDM's names.
 //!
 //! Everything runs on the device and in the dtype that a model was loaded with. Weights are memory-mapped while they are
 //! read: a checkpoint must not be rewritten while it is being loaded.
@@ -13,7 +13,9 @@ mod layers;
 pub mod lora;
 mod pickle;
 mod pipeline;
+mod save;
 pub mod scheduler;
+mod single_file;
 #[cfg(test)]
 mod testing;
 pub mod text;
@@ -25,6 +27,8 @@ pub use device::{device, dtype};
 pub use error::{Error, Result};
 pub use layers::timestep_sinusoid;
 pub use lora::LoraEntry;
-pub use pipeline::{Pipeline, TextModel};
+pub use pipeline::{LoadOptions, Pipeline, TextModel, load_unet_to};
+pub use save::save_safetensors;
+pub use single_file::{SingleFileOptions, SingleFileSummary, describe_single_file, write_single_file};
 pub use unet::{Tap, Tape, TextKeys, UNet, UNetConfig, Weight};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

@@ -1,4 +1,4 @@
-//! A whole Stable Diffusion pipeline from a folder in the diffusers layout.
+//! A whole Stable Diffusion pipeline, from a folder in the diffusers layout or from a single file under LDM's names.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::config::read_json;
 use crate::scheduler::SchedulerConfig;
+use crate::single_file::{SingleFile, SingleFileOptions};
 use crate::text::{TextEmbedding, TextEncoder, Tokenizer};
 use crate::{Error, Result, UNet, Vae};
 
@@ -22,6 +23,10 @@ impl TextModel {
     pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let encoder = TextEncoder::load(&folder.join("text_encoder"), dtype, device)?;
         Ok(Self { tokenizer: Tokenizer::load(&folder.join("tokenizer"), encoder.max_positions())?, encoder })
+    }
+
+    pub(crate) fn new(tokenizer: Tokenizer, encoder: TextEncoder) -> Self {
+        Self { tokenizer, encoder }
     }
 
     /// Tokens of a prompt that do not fit and are cut.
@@ -61,28 +66,67 @@ const PARTS: [(&str, &str); 4] = [
     ("vae", "AutoencoderKL"),
 ];
 
+/// What a model does not say of itself; the default asks nothing.
+pub type LoadOptions = SingleFileOptions;
+
 impl Pipeline {
-    /// Loads the folder that holds `model_index.json`. The U-Net, text encoder and VAE compute in `dtype`.
-    pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
-        check_index(&folder.join("model_index.json"))?;
-        let pipeline = Self {
-            text: TextModel::load(folder, dtype, device)?,
-            unet: UNet::load(&folder.join("unet"), dtype, device)?,
-            vae: Vae::load(&folder.join("vae"), dtype, device)?,
-            scheduler: SchedulerConfig::load(&folder.join("scheduler"))?,
+    /// Loads the folder that holds `model_index.json`, or a single file. The U-Net, text encoder and VAE compute in `dtype`.
+    pub fn load(path: &Path, dtype: DType, device: &Device) -> Result<Self> {
+        Self::load_with(path, &LoadOptions::default(), dtype, device)
+    }
+
+    /// The same with options. In a folder's case a prediction given overrides the folder's, and configurations are refused.
+    pub fn load_with(path: &Path, options: &LoadOptions, dtype: DType, device: &Device) -> Result<Self> {
+        let pipeline = if path.is_file() {
+            let file = SingleFile::open(path, options, dtype, device)?;
+            let SingleFile { unet, vae, text, scheduler } = file;
+            Self { text: text.load()?, unet: unet.load(None)?, vae: vae.load()?, scheduler }
+        } else {
+            Self::load_folder(path, options, dtype, device)?
         };
         let (width, text) = (pipeline.unet.config().cross_attention_dim, pipeline.text.encoder.hidden_size());
         if width != text {
             let message = format!("the U-Net takes text of width {width}, the text encoder makes {text}");
-            return Err(Error::file(folder, message));
+            return Err(Error::file(path, message));
         }
         Ok(pipeline)
+    }
+
+    fn load_folder(folder: &Path, options: &LoadOptions, dtype: DType, device: &Device) -> Result<Self> {
+        if options.configs.is_some() {
+            return Err(Error::Input(format!("{}: a folder has configurations of its own", folder.display())));
+        }
+        check_index(&folder.join("model_index.json"))?;
+        let scheduler = SchedulerConfig::load(&folder.join("scheduler"))?;
+        Ok(Self {
+            text: TextModel::load(folder, dtype, device)?,
+            unet: UNet::load(&folder.join("unet"), dtype, device)?,
+            vae: Vae::load(&folder.join("vae"), dtype, device)?,
+            scheduler: SchedulerConfig { prediction: options.prediction.unwrap_or(scheduler.prediction), ..scheduler },
+        })
     }
 
     /// `sd1` or `sd2`, told apart by how the U-Net projects to tokens.
     pub fn family(&self) -> &'static str {
         if self.unet.config().use_linear_projection { "sd2" } else { "sd1" }
     }
+}
+
+/// The U-Net of a model up to a tap and, where it has one, its text encoder: what a gradient of the U-Net's features needs.
+pub fn load_unet_to(
+    path: &Path,
+    options: &LoadOptions,
+    tap: &str,
+    dtype: DType,
+    device: &Device,
+) -> Result<(UNet, Option<TextModel>)> {
+    if path.is_file() {
+        let SingleFile { unet, text, .. } = SingleFile::open(path, options, dtype, device)?;
+        return Ok((unet.load(Some(tap))?, Some(text.load()?)));
+    }
+    let unet = UNet::load_to(&path.join("unet"), tap, dtype, device)?;
+    let text = path.join("text_encoder").is_dir().then(|| TextModel::load(path, dtype, device)).transpose()?;
+    Ok((unet, text))
 }
 
 /// Every part must be there and of a class that is implemented. Classes are compared without the `Fast` that some

@@ -19,9 +19,13 @@ pub struct Config {
     /// Multiplies every LoRA entry.
     #[serde(default = "one")]
     pub lora_strength: f64,
-    /// A diffusers folder of the model that is sampled, where the plugin computes the gradient with its own U-Net.
+    /// The model that is sampled, a diffusers folder or a single file, where the plugin computes the gradient with its own
+    /// U-Net.
     #[serde(default)]
     pub base_model: Option<PathBuf>,
+    /// A folder of configurations for a single file whose model is not of Stable Diffusion's sizes.
+    #[serde(default)]
+    pub base_configs: Option<PathBuf>,
     /// Who computes features and gradient. Absent: the plugin when there is a `base_model`, else the host through what it
     /// lends, its gradient before its weights.
     #[serde(default)]

@@ -1,7 +1,7 @@
 //! What `prepare` does: holds method, adapter and model against each other, and gets hold of a gradient source.
 
 use candle_core::Device;
-use diffusion::{LoraEntry, TextModel, UNet, UNetConfig};
+use diffusion::{LoadOptions, LoraEntry, TextModel, UNetConfig, load_unet_to};
 use host_api::plugin::HostHandle;
 use host_api::{Model, Prediction};
 
@@ -70,11 +70,15 @@ impl Fitting<'_> {
     /// Loads the base model up to the tap, with the LoRA merged, and its text encoder where it has one.
     fn own_source(&self, model: &Model, sampled: Option<&UNetConfig>) -> Result<(Source, Option<TextModel>)> {
         const TASK: &str = "load the base model";
-        let folder = self.config.base_model.as_deref().expect("checked when the configuration was parsed");
+        let model_path = self.config.base_model.as_deref().expect("checked when the configuration was parsed");
         let dtype = diffusion::dtype(&self.config.dtype)?;
         let tap = &self.adapter.sizes().tap;
-        self.host.progress(TASK, 0, 2);
-        let mut unet = UNet::load_to(&folder.join("unet"), tap, dtype, self.device).map_err(tap_not_found)?;
+        self.host.progress(TASK, 0, 1);
+        let options = LoadOptions { configs: self.config.base_configs.clone(), ..LoadOptions::default() };
+        let loaded = load_unet_to(model_path, &options, tap, dtype, self.device).map_err(tap_not_found);
+        // The task ends also where it fails.
+        self.host.progress(TASK, 1, 1);
+        let (mut unet, encoder) = loaded?;
         self.check(unet.config())?;
         let (own, host) = (unet.config().in_channels, model.unet_in_channels);
         if own != host {
@@ -86,11 +90,7 @@ impl Fitting<'_> {
             return Err(Error::Shape(format!("the base model is not the host's: {message}")));
         }
         unet.merge_lora(self.lora, 1.)?;
-        self.host.progress(TASK, 1, 2);
         let tap = unet.config().tap(tap)?;
-        let encoder = folder.join("text_encoder").is_dir();
-        let encoder = encoder.then(|| TextModel::load(folder, dtype, self.device)).transpose()?;
-        self.host.progress(TASK, 2, 2);
         Ok((Source::Own(Box::new(OwnUNet { unet, tap, tape: None, borrowed: None })), encoder))
     }
 

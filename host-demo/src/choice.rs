@@ -39,6 +39,9 @@ impl ModelOptions {
             keys.insert("gradient".into(), json!(source.name()));
             if source == GradientSource::Plugin {
                 keys.entry("base_model").or_insert_with(|| json!(model));
+                if let Some(configs) = &self.configs {
+                    keys.entry("base_configs").or_insert_with(|| json!(configs));
+                }
             }
         }
         let split = is_dpt && keys.get("gradient") == Some(&json!("split"));

@@ -29,4 +29,4 @@ pub use output::{check_output, write_whole};
 pub use report::{ItemRecord, LoraRecord, Report, Seconds, Settings, StepRecord};
 pub use request::{Mode, PromptSwitch, Request, StartImage};
 pub use run::RunOutcome;
-pub use session::{PluginChoice, Session};
+pub use session::{Loading, PluginChoice, Session};

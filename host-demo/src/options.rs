@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use clap::{Args, ValueEnum};
-use diffusion::scheduler::Scheduler;
+use diffusion::LoadOptions;
+use diffusion::scheduler::{Prediction, Scheduler};
 use host_demo::{
-    Error, LoraRecord, Mode, PluginChoice, Request, Result, Session, ShowProgress, default_model, write_whole,
+    Error, Loading, LoraRecord, Mode, PluginChoice, Request, Result, Session, ShowProgress, default_model, write_whole,
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -43,12 +44,26 @@ enum ModeName {
     ConditionOnly,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PredictionName {
+    /// The noise.
+    Epsilon,
+    /// The velocity (SD 2.x at 768 pixels).
+    V,
+}
+
 /// What is loaded.
 #[derive(Args)]
 pub(crate) struct ModelOptions {
-    /// Folder in the diffusers layout [default: the shipped weights/shapes]
-    #[arg(long, value_name = "DIR")]
+    /// Folder in the diffusers layout, or a single file under LDM's names [default: the shipped weights/shapes]
+    #[arg(long, value_name = "DIR|FILE")]
     pub(crate) model: Option<PathBuf>,
+    /// What the model predicts [default: what it says of itself; a single file that says nothing: epsilon]
+    #[arg(long, value_enum)]
+    prediction: Option<PredictionName>,
+    /// Folder of configurations for a single file that is not of Stable Diffusion's sizes
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(crate) configs: Option<PathBuf>,
     /// The plugin's shared library [default: libdpt beside this program]
     #[arg(long, value_name = "LIB")]
     pub(crate) plugin: Option<PathBuf>,
@@ -96,13 +111,19 @@ impl ModelOptions {
     pub(crate) fn load(&self, with_plugin: bool, bars: &MultiProgress) -> Result<Loaded> {
         let folder = self.model.clone().map_or_else(default_model, Ok)?;
         if !folder.exists() {
-            return Err(Error::File { path: folder, message: "no such model; expected a folder".into() });
+            return Err(Error::File { path: folder, message: "no such model; expected a folder or a file".into() });
         }
         let shipped = is_shipped(&folder);
         let device = diffusion::device(&self.device)?;
         let dtype = diffusion::dtype(&self.dtype)?;
         let plugin = with_plugin.then(|| self.plugin_choice(&folder, shipped)).transpose()?;
-        let mut session = Session::load_with(&folder, dtype, &device, plugin.as_ref(), Some(show_progress(bars)))?;
+        let prediction = self.prediction.map(|prediction| match prediction {
+            PredictionName::Epsilon => Prediction::Epsilon,
+            PredictionName::V => Prediction::Velocity,
+        });
+        let options = LoadOptions { prediction, configs: self.configs.clone() };
+        let loading = Loading { options, progress: Some(show_progress(bars)) };
+        let mut session = Session::load_with(&folder, loading, dtype, &device, plugin.as_ref())?;
         let lora = session.set_lora(&self.lora)?;
         let lora = self.lora.iter().zip(lora).map(|((path, strength), file)| LoraRecord::new(path, *strength, &file));
         Ok(Loaded { session, folder, device, plugin, shipped, lora: lora.collect() })

@@ -7,7 +7,7 @@ use std::time::Instant;
 use candle_core::{DType, Device};
 use diffusion::lora::{LoraFile, stack};
 use diffusion::scheduler::{NoiseSchedule, Prediction, Scheduler, SchedulerConfig};
-use diffusion::{LoraEntry, Pipeline, TextModel, Vae};
+use diffusion::{LoadOptions, LoraEntry, Pipeline, TextModel, Vae};
 use host_api::Model;
 use host_api::host::{Instance, Library};
 use serde_json::Value;
@@ -27,6 +27,15 @@ pub struct PluginChoice {
     pub split: bool,
 }
 
+/// What is said about loading; the default says nothing.
+#[derive(Default)]
+pub struct Loading {
+    /// What the model does not say of itself.
+    pub options: LoadOptions,
+    /// Shows what the plugin is busy with.
+    pub progress: Option<ShowProgress>,
+}
+
 /// A model, and maybe a plugin, ready to sample.
 pub struct Session {
     pub(crate) text: TextModel,
@@ -43,25 +52,25 @@ pub struct Session {
 }
 
 impl Session {
-    /// Loads a diffusers folder, and creates and prepares the plugin for it.
+    /// Loads a diffusers folder or a single file, and creates and prepares the plugin for it.
     pub fn load(model: &Path, dtype: DType, device: &Device, plugin: Option<&PluginChoice>) -> Result<Self> {
-        Self::load_with(model, dtype, device, plugin, None)
+        Self::load_with(model, Loading::default(), dtype, device, plugin)
     }
 
-    /// The same, showing what the plugin is busy with.
+    /// The same, with more to say.
     pub fn load_with(
         model: &Path,
+        loading: Loading,
         dtype: DType,
         device: &Device,
         plugin: Option<&PluginChoice>,
-        progress: Option<ShowProgress>,
     ) -> Result<Self> {
         let started = Instant::now();
-        let pipeline = Pipeline::load(model, dtype, device)?;
+        let pipeline = Pipeline::load_with(model, &loading.options, dtype, device)?;
         let family = pipeline.family();
         let Pipeline { text, unet, vae, scheduler } = pipeline;
         let unet_in_channels = unet.config().in_channels;
-        let host = Arc::new(DemoHost::new(unet, progress));
+        let host = Arc::new(DemoHost::new(unet, loading.progress));
         let split = plugin.is_some_and(|choice| choice.split);
         let plugin = match plugin {
             None => None,
@@ -74,8 +83,7 @@ impl Session {
                     .ok_or_else(|| Error::Request(format!("{} holds no plugin", choice.library.display())))?;
                 let mut instance =
                     library.create(id, host.clone(), &choice.config.to_string()).map_err(Error::plugin("create"))?;
-                let config_path = model.join("unet/config.json");
-                let config = std::fs::read_to_string(&config_path).map_err(|e| Error::file(&config_path, e))?;
+                let config = host.unet().config().to_json();
                 let noise = NoiseSchedule::new(&scheduler)?;
                 let model = Model {
                     family,

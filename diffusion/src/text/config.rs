@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 /// `text_encoder/config.json`, as far as it shapes the model.
 #[derive(Clone, Debug, Deserialize)]
-pub(super) struct Config {
+pub(crate) struct Config {
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -38,7 +38,7 @@ fn default_eos() -> u32 {
 
 impl Config {
     /// Reads `config.json` of a `text_encoder` folder. Fails when the heads do not divide the width.
-    pub fn load(folder: &Path) -> Result<Self> {
+    pub(crate) fn load(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let config: Self = read_json(&path)?;
         let (d, heads) = (config.hidden_size, config.num_attention_heads);

@@ -37,7 +37,10 @@ impl TextEncoder {
     /// unknown (a projection and `position_ids` may be there; neither is used), and when the activation is unknown.
     pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let config = Config::load(folder)?;
-        let checkpoint = Checkpoint::open(&weights_file(folder, "model")?, dtype, device)?;
+        Self::from_checkpoint(Checkpoint::open(&weights_file(folder, "model")?, dtype, device)?, config)
+    }
+
+    pub(crate) fn from_checkpoint(checkpoint: Checkpoint, config: Config) -> Result<Self> {
         checkpoint.ignore("text_projection.weight");
         let root = checkpoint.root();
         let prefixed = root.enter("text_model");

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use tokenizers::AddedToken;
 
+use super::clip_vocabulary::{END, START};
 use crate::Result;
 use crate::config::read_json;
 
@@ -22,6 +23,19 @@ pub(super) struct SpecialTokens {
 }
 
 impl SpecialTokens {
+    /// CLIP's own, with that padding token.
+    pub fn clip(pad: &str) -> Self {
+        let token = |text: &str| AddedToken::from(text.to_owned(), true);
+        Self {
+            bos: token(START),
+            eos: token(END),
+            unk: token(END),
+            pad: token(pad),
+            added: Vec::new(),
+            model_max_length: f64::INFINITY,
+        }
+    }
+
     /// Reads `tokenizer_config.json` and, if there is one, `special_tokens_map.json`.
     ///
     /// As in transformers, the map overrides the configuration (SD 2's padding token `!` stands only there), unless the
@@ -40,10 +54,10 @@ impl SpecialTokens {
         };
         let Names { bos_token, eos_token, unk_token, pad_token } = config.names;
         Ok(Self {
-            bos: choose(map.bos_token, bos_token, "<|startoftext|>"),
-            eos: choose(map.eos_token, eos_token, "<|endoftext|>"),
-            unk: choose(map.unk_token, unk_token, "<|endoftext|>"),
-            pad: choose(map.pad_token, pad_token, "<|endoftext|>"),
+            bos: choose(map.bos_token, bos_token, START),
+            eos: choose(map.eos_token, eos_token, END),
+            unk: choose(map.unk_token, unk_token, END),
+            pad: choose(map.pad_token, pad_token, END),
             added: added.into_iter().map(|(id, token)| (id, token.special())).collect(),
             model_max_length: config.model_max_length.unwrap_or(f64::INFINITY),
         })

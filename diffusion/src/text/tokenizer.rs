@@ -11,6 +11,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
+use super::clip_vocabulary;
 use super::special_tokens::SpecialTokens;
 use crate::config::read_json;
 use crate::{Error, Result};
@@ -56,9 +57,27 @@ impl Tokenizer {
             ));
         }
 
-        let vocab_path = folder.join("vocab.json");
-        let vocab: HashMap<String, u32> = read_json(&vocab_path)?;
+        let vocab: HashMap<String, u32> = read_json(&folder.join("vocab.json"))?;
         let merges = read_merges(&folder.join("merges.txt"), &vocab)?;
+        Self::build(folder, special, vocab, merges, length)
+    }
+
+    /// CLIP's own, for models that bring no tokenizer: 49 408 tokens, prompts of `length` ids filled up with `pad`.
+    pub fn clip(pad: &str, length: usize) -> Result<Self> {
+        let merges = clip_vocabulary::merges();
+        let vocab = clip_vocabulary::vocabulary(&merges);
+        Self::build(Path::new("CLIP's vocabulary"), SpecialTokens::clip(pad), vocab, merges, length)
+    }
+
+    /// `folder` says in errors where the rest comes from.
+    fn build(
+        folder: &Path,
+        special: SpecialTokens,
+        vocab: HashMap<String, u32>,
+        merges: Vec<(String, String)>,
+        length: usize,
+    ) -> Result<Self> {
+        let vocab_path = folder.join("vocab.json");
         let known = |token: &AddedToken| {
             vocab.contains_key(&token.content) || special.added.iter().any(|(_, added)| added.content == token.content)
         };
@@ -105,6 +124,11 @@ impl Tokenizer {
     /// The number of ids that every prompt gets.
     pub fn length(&self) -> usize {
         self.length
+    }
+
+    /// The number of tokens, special ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
     }
 
     /// Encodes a prompt. One that is too long is cut at the end, with a warning in the log.

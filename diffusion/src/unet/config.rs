@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Tap;
 use crate::{Error, Result};
@@ -118,6 +118,68 @@ const FIXED: &[(&str, &[&str])] = &[
 ];
 
 impl UNetConfig {
+    /// Stable Diffusion 1.x.
+    pub fn stable_diffusion_1() -> Self {
+        Self {
+            in_channels: 4,
+            out_channels: 4,
+            block_out_channels: vec![320, 640, 1280, 1280],
+            down_attention: vec![true, true, true, false],
+            up_attention: vec![false, true, true, true],
+            layers_per_block: 2,
+            transformer_layers: 1,
+            heads: vec![8; 4],
+            cross_attention_dim: 768,
+            norm_num_groups: 32,
+            norm_eps: 1e-5,
+            use_linear_projection: false,
+            upcast_attention: false,
+            flip_sin_to_cos: true,
+            freq_shift: 0.,
+            sample_size: Some(64),
+        }
+    }
+
+    /// Stable Diffusion 2.x.
+    pub fn stable_diffusion_2() -> Self {
+        Self {
+            heads: vec![5, 10, 20, 20],
+            cross_attention_dim: 1024,
+            use_linear_projection: true,
+            // In half precision its attention overflows otherwise.
+            upcast_attention: true,
+            ..Self::stable_diffusion_1()
+        }
+    }
+
+    /// The configuration as diffusers' `config.json` has it; [`Self::parse`] reads it back.
+    pub fn to_json(&self) -> String {
+        let blocks = |attention: &[bool], with: &str, without: &str| -> Vec<String> {
+            attention.iter().map(|has| if *has { with } else { without }.to_owned()).collect()
+        };
+        json!({
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": self.block_out_channels,
+            "down_block_types": blocks(&self.down_attention, "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": blocks(&self.up_attention, "CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": self.layers_per_block,
+            "transformer_layers_per_block": self.transformer_layers,
+            // Named for the width, but diffusers takes it as the number of heads.
+            "attention_head_dim": self.heads,
+            "cross_attention_dim": self.cross_attention_dim,
+            "norm_num_groups": self.norm_num_groups,
+            "norm_eps": self.norm_eps,
+            "use_linear_projection": self.use_linear_projection,
+            "upcast_attention": self.upcast_attention,
+            "flip_sin_to_cos": self.flip_sin_to_cos,
+            "freq_shift": self.freq_shift,
+            "sample_size": self.sample_size,
+        })
+        .to_string()
+    }
+
     /// Reads `config.json`; a key with a value that Stable Diffusion 1 and 2 do not use is [`Error::Unsupported`].
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
@@ -242,5 +304,17 @@ impl UNetConfig {
     /// Width of the timestep embedding.
     pub(super) fn time_width(&self) -> usize {
         4 * self.block_out_channels[0]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_comes_back_from_its_json() {
+        for config in [UNetConfig::stable_diffusion_1(), UNetConfig::stable_diffusion_2()] {
+            assert_eq!(UNetConfig::parse(&config.to_json()).unwrap(), config);
+        }
     }
 }

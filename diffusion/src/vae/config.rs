@@ -52,7 +52,28 @@ fn silu() -> String {
 }
 
 impl VaeConfig {
-    pub(super) fn load(path: &Path) -> Result<Self> {
+    /// The autoencoder of Stable Diffusion 1.x and 2.x.
+    pub fn stable_diffusion() -> Self {
+        let blocks = |name: &str| vec![name.to_owned(); 4];
+        Self {
+            in_channels: 3,
+            out_channels: 3,
+            latent_channels: 4,
+            block_out_channels: vec![128, 256, 512, 512],
+            layers_per_block: 2,
+            norm_num_groups: 32,
+            scaling_factor: default_scaling_factor(),
+            mid_block_add_attention: true,
+            use_quant_conv: true,
+            use_post_quant_conv: true,
+            act_fn: silu(),
+            down_block_types: blocks("DownEncoderBlock2D"),
+            up_block_types: blocks("UpDecoderBlock2D"),
+            shift_factor: None,
+        }
+    }
+
+    pub(crate) fn load(path: &Path) -> Result<Self> {
         let config: Self = crate::config::read_json(path)?;
         match config.problem() {
             None => Ok(config),

@@ -41,13 +41,19 @@ impl Vae {
     /// Loads the `vae` folder of a diffusers pipeline.
     pub fn load(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let config = VaeConfig::load(&folder.join("config.json"))?;
-        let checkpoint = Checkpoint::open(&weights_file(folder, "diffusion_pytorch_model")?, dtype, device)?;
+        Self::from_checkpoint(
+            Checkpoint::open(&weights_file(folder, "diffusion_pytorch_model")?, dtype, device)?,
+            config,
+        )
+    }
+
+    pub(crate) fn from_checkpoint(checkpoint: Checkpoint, config: VaeConfig) -> Result<Self> {
         let root = checkpoint.root();
         let channels = config.latent_channels;
         let conv1x1 = |name: &str, channels: usize| Linear::load_conv1x1(&root.enter(name), channels, channels);
         let vae = Self {
-            dtype,
-            device: device.clone(),
+            dtype: root.dtype(),
+            device: root.device().clone(),
             encoder: Encoder::load(&root.enter("encoder"), &config)?,
             quant: config.use_quant_conv.then(|| conv1x1("quant_conv", 2 * channels)).transpose()?,
             post_quant: config.use_post_quant_conv.then(|| conv1x1("post_quant_conv", channels)).transpose()?,
