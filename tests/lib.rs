@@ -83,6 +83,12 @@ pub fn host_program() -> &'static Path {
     PROGRAM.get_or_init(|| build().join(format!("host-demo{}", std::env::consts::EXE_SUFFIX)))
 }
 
+/// The program for files of weights.
+pub fn weights_program() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| build().join(format!("weights{}", std::env::consts::EXE_SUFFIX)))
+}
+
 /// Builds the workspace; the folder that holds the results. The whole workspace, because a single package would ask other
 /// features of the dependencies than the tests do, and build them all again.
 fn build() -> &'static Path {

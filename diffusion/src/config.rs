@@ -12,15 +12,16 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&bytes).map_err(|e| Error::file(path, e))
 }
 
-/// The weights in `folder`: `<stem>.safetensors`, or `<stem>.fp16.safetensors` where a download holds only half
-/// precision.
-pub(crate) fn weights_file(folder: &Path, stem: &str) -> Result<PathBuf> {
-    let names = [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors")];
+/// The weights in `folder`: `<stem>.safetensors`, `<stem>.fp16.safetensors` where a download holds only half precision, or
+/// `<stem>.bin`, a PyTorch pickle (`pytorch_model.bin` for the stem `model`), in older ones.
+pub fn weights_file(folder: &Path, stem: &str) -> Result<PathBuf> {
+    let pickle = if stem == "model" { "pytorch_model.bin".to_owned() } else { format!("{stem}.bin") };
+    let names = [format!("{stem}.safetensors"), format!("{stem}.fp16.safetensors"), pickle];
     names
         .iter()
         .map(|name| folder.join(name))
         .find(|path| path.is_file())
-        .ok_or_else(|| Error::file(folder, format!("no weights here: expected `{}` or `{}`", names[0], names[1])))
+        .ok_or_else(|| Error::file(folder, format!("no weights here: expected `{}`", names.join("` or `"))))
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ mod unet;
 mod vae;
 
 pub use checkpoint::{Checkpoint, RawTensor, Scope};
+pub use config::weights_file;
 pub use device::{device, dtype};
 pub use error::{Error, Result};
 pub use layers::timestep_sinusoid;

@@ -33,18 +33,20 @@ pub(crate) fn load_adapter(checkpoint: &Checkpoint, hints: SizeHints) -> Result<
         let message = "no `query_embed.weight` in it: this is not a DPT adapter in the released names";
         return Err(Error::file(path, message));
     }
-    let hints = hints.or(header_hints(checkpoint)?);
+    let hints = hints.or(SizeHints::of_header(checkpoint)?);
     let sizes = AdapterSizes::infer(&root, hints).map_err(|e| Error::file(path, e))?;
     // The release aligns with RoBERTa tokens through this head; the score does not use it.
     checkpoint.ignore_below("contrastive_align_projection_");
     Adapter::load(&root, sizes)
 }
 
-/// What a safetensors header's `dpt` entry says of the sizes; other files say nothing.
-fn header_hints(checkpoint: &Checkpoint) -> Result<SizeHints> {
-    match checkpoint.metadata()?.get("dpt") {
-        None => Ok(SizeHints::default()),
-        Some(text) => serde_json::from_str(text)
-            .map_err(|e| Error::file(checkpoint.path(), format!("the header's `dpt` entry: {e}"))),
+impl SizeHints {
+    /// What a safetensors header's `dpt` entry says of the sizes; other files say nothing.
+    pub fn of_header(checkpoint: &Checkpoint) -> Result<Self> {
+        match checkpoint.metadata()?.get("dpt") {
+            None => Ok(Self::default()),
+            Some(text) => serde_json::from_str(text)
+                .map_err(|e| Error::file(checkpoint.path(), format!("the header's `dpt` entry: {e}"))),
+        }
     }
 }
