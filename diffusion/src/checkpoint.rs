@@ -197,6 +197,9 @@ impl Checkpoint {
                 Source::Mapped(file) => file.load(stored_name, &Device::Cpu)?,
                 Source::Loaded(tensors) => tensors[stored_name].clone(),
             };
+            if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
+                candle_core::bail!("it holds {:?} numbers; expected F32, F16, BF16 or F64", tensor.dtype());
+            }
             if let Some(Stored { rows, shape, .. }) = stored {
                 if let Some((start, count)) = rows {
                     tensor = tensor.narrow(0, *start, *count)?.contiguous()?;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use diffusion::Checkpoint;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_distr::{Distribution, StandardNormal};
@@ -28,18 +29,18 @@ pub fn seeded_noise(seed: u64, shape: [usize; 4], device: &Device) -> Result<Ten
     Ok(Tensor::from_vec(values, &shape, device)?)
 }
 
-/// The tensor `latents`, or the only one, of a safetensors file: `[batch, channels, h, w]` at the first timestep's noise.
+/// The tensor `latents`, or the only one, of a file of weights: `[batch, channels, h, w]` at the first timestep's noise.
 pub fn latents_from_file(path: &Path, channels: usize, device: &Device) -> Result<Tensor> {
-    let mut tensors = candle_core::safetensors::load(path, device).map_err(|e| Error::file(path, e))?;
-    let names: Vec<String> = tensors.keys().cloned().collect();
+    let file = Checkpoint::open(path, DType::F32, device)?;
+    let names = file.names();
     let name = match &names[..] {
         [only] => only,
-        _ if tensors.contains_key("latents") => "latents",
+        _ if names.iter().any(|name| name == "latents") => "latents",
         _ => return Err(Error::file(path, format!("expected a tensor `latents`, found {names:?}"))),
     };
-    let latents = tensors.remove(name).expect("its name was found").to_dtype(DType::F32)?;
-    match latents.dims() {
-        [batch, c, h, w] if *c == channels && *batch > 0 && *h > 0 && *w > 0 => Ok(latents),
+    let shape = file.root().shape(name).unwrap_or_default();
+    match &shape[..] {
+        [batch, c, h, w] if *c == channels && *batch > 0 && *h > 0 && *w > 0 => Ok(file.root().tensor(name, &shape)?),
         found => {
             Err(Error::file(path, format!("`{name}` has shape {found:?}, expected [batch, {channels}, height, width]")))
         }

@@ -1,6 +1,8 @@
 //! PyTorch pickles. candle's reader interprets the opcodes itself and calls nothing that the file names, but it trusts the
 //! file's sizes and the number of its arguments; hence the checks around it.
 
+mod check;
+
 use std::collections::HashMap;
 use std::panic::catch_unwind;
 use std::path::Path;
@@ -25,6 +27,7 @@ pub(crate) fn read(path: &Path) -> Result<HashMap<String, Tensor>> {
 }
 
 fn read_trusting(path: &Path) -> std::result::Result<HashMap<String, Tensor>, String> {
+    check::check(path)?;
     let file_size = std::fs::metadata(path).map_err(|e| e.to_string())?.len();
     let file = PthTensors::new(path, None).map_err(|e| e.to_string())?;
     let mut tensors = HashMap::new();
