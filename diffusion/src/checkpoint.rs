@@ -54,7 +54,8 @@ impl Checkpoint {
     pub fn open(path: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let mut file = open_regular(path)?;
         let mut magic = [0; 4];
-        file.read_exact(&mut magic).map_err(|_| Error::file(path, "shorter than any file of weights"))?;
+        file.read_exact(&mut magic)
+            .map_err(|_| Error::file(path, "not a readable safetensors file or pickle: shorter than any"))?;
         match &magic {
             b"PK\x03\x04" => Ok(Self::from_tensors(path, pickle::read(path)?, dtype, device)),
             [0x80, 0x02, b'\x8a', _] => {

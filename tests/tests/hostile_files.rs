@@ -15,12 +15,15 @@ use tests::hosts::plain;
 use tests::pickle::{call, checkpoint, dict, int, pickle, tensor, text, tuple, zip};
 use tests::{committed, weights_program};
 
+/// Opens a file, or says why not.
+type Opener = Box<dyn Fn(&Path) -> Result<(), String>>;
+
 /// A way for a file of weights into the project.
 struct Door {
     name: &'static str,
     /// Where the file has to lie.
     file: PathBuf,
-    open: Box<dyn Fn(&Path) -> Result<(), String>>,
+    open: Opener,
 }
 
 fn text_of<T, E: std::fmt::Display>(result: Result<T, E>) -> Result<(), String> {
@@ -45,8 +48,7 @@ fn doors(test: &str) -> Vec<Door> {
         std::fs::create_dir_all(folder.join(part)).unwrap();
         std::fs::copy(tiny.join(part).join("config.json"), folder.join(part).join("config.json")).unwrap();
     }
-    let door =
-        |name, file: &str, open: Box<dyn Fn(&Path) -> Result<(), String>>| Door { name, file: folder.join(file), open };
+    let door = |name, file: &str, open: Opener| Door { name, file: folder.join(file), open };
     let parent = |path: &Path| path.parent().unwrap().to_owned();
     let out = folder.join("converted.safetensors");
     vec![
@@ -117,7 +119,7 @@ fn entry(name: &str, dtype: &str, shape: &str, offsets: &str) -> String {
     format!(r#""{name}": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": {offsets}}}"#)
 }
 
-const NOT_READABLE: &[&str] = &["not a readable safetensors file", "shorter than any file of weights"];
+const NOT_READABLE: &[&str] = &["not a readable safetensors file"];
 
 #[test]
 fn truncated_files() {

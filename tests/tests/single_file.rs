@@ -103,8 +103,11 @@ fn a_single_file_serves_as_the_plugins_base_model() {
     assert!(text.is_some() && unet.weights().keys().all(|name| !name.starts_with("up_blocks")));
 }
 
+/// Shapes by name.
+type Shapes = BTreeMap<String, Vec<usize>>;
+
 /// A safetensors file with these shapes in f16 and a hole for the numbers: as large as the real ones, but not on the disk.
-fn sparse(path: &Path, shapes: &BTreeMap<String, Vec<usize>>, metadata: Value) {
+fn sparse(path: &Path, shapes: &Shapes, metadata: Value) {
     let mut end = 0;
     let mut header = serde_json::Map::from_iter([("__metadata__".to_owned(), metadata)]);
     for (name, shape) in shapes {
@@ -172,7 +175,7 @@ fn the_released_models_are_told_apart_by_their_shapes() {
 fn what_is_no_such_model_is_named() {
     let file = scratch("single_file_refusals").join("model.safetensors");
     let whole = made_by_diffusers::<Vec<usize>>("sd1_full.json");
-    let refused = |change: &dyn Fn(&mut BTreeMap<String, Vec<usize>>), named: &[&str]| {
+    let refused = |change: &dyn Fn(&mut Shapes), named: &[&str]| {
         let mut shapes = whole.clone();
         change(&mut shapes);
         sparse(&file, &shapes, json!({}));

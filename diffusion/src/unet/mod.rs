@@ -304,7 +304,7 @@ impl UNet {
         if self.out.is_some() {
             return Vec::new();
         }
-        let last = self.config.taps().into_iter().filter(|tap| self.is_loaded(*tap)).next_back();
+        let last = self.config.taps().into_iter().rfind(|tap| self.is_loaded(*tap));
         last.map_or_else(Vec::new, |last| self.config.prefixes_beyond(last))
     }
 

@@ -78,13 +78,12 @@ impl HostWeights {
 
     /// Another number whenever the tensor at `index` has changed.
     pub fn tensor_revision(&self, index: usize) -> Result<u64> {
-        Ok(self.slot.weight(index, false)?.0)
+        self.slot.weight_revision(index)
     }
 
     /// The tensor at `index`: its shape and its numbers in row-major order.
     pub fn tensor(&self, index: usize) -> Result<(Vec<usize>, Vec<f32>)> {
-        let (_, tensor) = self.slot.weight(index, true)?;
-        tensor.ok_or_else(|| Error::new(crate::error::Status::Internal, "a tensor that was asked for is not there"))
+        self.slot.weight(index)
     }
 }
 

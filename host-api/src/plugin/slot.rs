@@ -7,7 +7,7 @@ use std::thread::{self, ThreadId};
 use super::handle::host_failed;
 use crate::abi::{
     SH_HOST_GRADIENT, SH_HOST_PROGRESS, SH_HOST_WEIGHTS, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_INFO, SH_LOG_TRACE,
-    SH_LOG_WARN, sh_host, sh_host_gradient, sh_host_progress, sh_host_weights, sh_string,
+    SH_LOG_WARN, sh_host, sh_host_gradient, sh_host_progress, sh_host_weights, sh_string, sh_view,
 };
 use crate::error::{Error, Result, Status};
 use crate::ffi::text::RawText;
@@ -216,22 +216,29 @@ impl HostSlot {
         })
     }
 
-    /// A tensor's own revision and, when `read`, its shape and numbers.
-    pub(super) fn weight(&self, index: usize, read: bool) -> Result<(u64, Option<(Vec<usize>, Vec<f32>)>)> {
+    /// A tensor's own revision.
+    pub(super) fn weight_revision(&self, index: usize) -> Result<u64> {
+        self.ask_for_weight(index, std::ptr::null_mut())
+    }
+
+    /// A tensor's shape and numbers.
+    pub(super) fn weight(&self, index: usize) -> Result<(Vec<usize>, Vec<f32>)> {
+        let mut view = ffi::view::empty();
+        self.ask_for_weight(index, &mut view)?;
+        // SAFETY: the host filled the view, and the tensor is valid until the next one is asked for.
+        let view = unsafe { View::from_raw(&view, "host weight") }.map_err(|error| host_failed("weights", error))?;
+        Ok((view.shape().to_vec(), view.to_vec()))
+    }
+
+    /// Calls the host's `tensor`; `target` is null or points to a view that can be filled.
+    fn ask_for_weight(&self, index: usize, target: *mut sh_view) -> Result<u64> {
         self.in_call(|pointers, table| {
             let tensor = table.tensor.ok_or_else(|| Error::new(Status::Internal, "tensor is NULL"))?;
-            let (mut view, mut revision, mut error) = (ffi::view::empty(), 0, ffi::error::empty());
-            let target = if read { &raw mut view } else { std::ptr::null_mut() };
-            // SAFETY: the host lives while the slot holds it; all other pointers are to locals that outlive the call.
+            let (mut revision, mut error) = (0, ffi::error::empty());
+            // SAFETY: the host lives while the slot holds it; all other pointers are the callers' or to locals here.
             let code = unsafe { tensor(pointers.host, index as u64, target, &mut revision, &mut error) };
             ffi::error::read(code, &error).map_err(|error| host_failed("weights", error))?;
-            if !read {
-                return Ok((revision, None));
-            }
-            // SAFETY: the host filled the view, and the tensor is valid until the next one is asked for.
-            let view =
-                unsafe { View::from_raw(&view, "host weight") }.map_err(|error| host_failed("weights", error))?;
-            Ok((revision, Some((view.shape().to_vec(), view.to_vec()))))
+            Ok(revision)
         })
     }
 
