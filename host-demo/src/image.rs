@@ -138,7 +138,9 @@ mod tests {
             let mut encoder = png::Encoder::new(std::fs::File::create(&path).unwrap(), 2, 1);
             encoder.set_color(colour);
             encoder.set_depth(depth);
-            palette.map(|palette| encoder.set_palette(palette));
+            if let Some(palette) = palette {
+                encoder.set_palette(palette);
+            }
             encoder.write_header().unwrap().write_image_data(data).unwrap();
         };
         use png::{BitDepth as Depth, ColorType as Colour};
