@@ -116,6 +116,11 @@ fn written_files_hold_the_entries() {
         let tensors = load(&path);
         let entries = lora.entries().unwrap();
         assert_eq!(tensors.len(), 3 * entries.len());
+        // What readers make of the file is what the plugin has, alpha included.
+        let read = diffusion::lora::LoraFile::open(&path, &Device::Cpu).unwrap().entries;
+        assert!(read.iter().all(|entry| entry.scale == 0.5) && read.len() == entries.len());
+        let header = diffusion::Checkpoint::open(&path, DType::F32, &Device::Cpu).unwrap().metadata().unwrap();
+        assert_eq!(header.contains_key("lora_adapter_metadata"), layout == LoraLayout::Peft);
         for entry in &entries {
             let (stem, down, up) = match layout {
                 LoraLayout::Peft => (format!("unet.{}", entry.module), "lora_A", "lora_B"),

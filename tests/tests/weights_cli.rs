@@ -57,6 +57,7 @@ fn files_are_what_they_are() {
     assert_eq!(adapter["kinds"], json!(["DPT adapter", "LoRA"]));
     assert_eq!(adapter["adapter"]["tap"], Value::Null);
     assert!(adapter["adapter"]["problem"].as_str().unwrap().contains("`heads`"), "{adapter}");
+    assert_eq!(adapter["unknown"], json!([]));
     assert_eq!((&adapter["lora"]["layouts"], &adapter["lora"]["ranks"]), (&json!(["release"]), &json!({"4": 128})));
 
     let shipped = host_demo::default_model().unwrap();
@@ -177,6 +178,19 @@ fn lora_goes_there_and_back_bit_for_bit() {
         );
     }
     assert!(!folder.join("lossy.safetensors").exists());
+}
+
+/// diffusers reads alpha from PEFT's header entry alone: a file that is written has it there as well.
+#[test]
+fn a_peft_file_says_alpha_in_its_header() {
+    let folder = scratch("weights_peft_header");
+    let start = committed("sd1-cases/lora_kohya.safetensors");
+    let files = along(&folder, &start, &["peft", "kohya"]);
+    let entry: Value = serde_json::from_str(&content(&files[1]).1["lora_adapter_metadata"]).unwrap();
+    assert_eq!((&entry["unet.r"], &entry["unet.lora_alpha"]), (&json!(3), &json!(6.)));
+    let module = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k";
+    assert_eq!((&entry["unet.rank_pattern"][module], &entry["unet.alpha_pattern"][module]), (&json!(3), &json!(6.)));
+    assert_eq!(content(&files[2]), content(&start));
 }
 
 /// PEFT's own files keep rank and alpha in the header, and so they do when they come back.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
-use diffusion::lora::{LoraKey, LoraLayout, LoraModule, LoraPart, PeftMetadata};
+use diffusion::lora::{LoraKey, LoraLayout, LoraModule, LoraPart, Network, PEFT_METADATA, PeftMetadata};
 use diffusion::{Checkpoint, RawTensor, save_safetensors, write_single_file};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -49,6 +49,9 @@ enum Target {
     /// A folder's model under LDM's names.
     SingleFile,
 }
+
+/// Marks a header whose `lora_adapter_metadata` repeats what the alphas of the file say, since diffusers reads no others.
+const MADE_ENTRY: &str = "dpt_lora_metadata_made";
 
 type Tensors<'a> = BTreeMap<String, RawTensor<'a>>;
 
@@ -139,11 +142,24 @@ impl Convert {
         if modules.is_empty() {
             return Err(failed("holds no LoRA weights; `weights inspect` says what it is".into()));
         }
+        // An entry that was made for diffusers alone is made again where it is needed.
+        if metadata.remove(MADE_ENTRY).is_some() {
+            metadata.remove(PEFT_METADATA);
+        }
+        let header = PeftMetadata::of_texts(&metadata).map_err(failed)?;
         restore_alphas(&mut modules, &mut metadata).map_err(failed)?;
         let nameless = |module: &LoraModule| module.name(layout, LoraPart::Down).is_none();
         let dropped: Vec<String> = modules.keys().filter(|module| nameless(module)).map(ToString::to_string).collect();
         self.report_dropped(layout, &dropped)?;
-        let (mut out, mut notes, header) = (Tensors::new(), Notes::new(), PeftMetadata::of(&file)?);
+        let (mut out, mut notes) = (Tensors::new(), Notes::new());
+        if layout == LoraLayout::Peft && !metadata.contains_key(PEFT_METADATA) {
+            let described =
+                modules.iter().filter_map(|(module, tensors)| describe(module, tensors)).collect::<Vec<_>>();
+            if described.iter().any(|(_, rank, alpha)| *alpha != *rank as f64) {
+                metadata.insert(PEFT_METADATA.into(), PeftMetadata::entry(&described));
+                metadata.insert(MADE_ENTRY.into(), "true".into());
+            }
+        }
         for (module, tensors) in modules.into_iter().filter(|(module, _)| !nameless(module)) {
             write_module(layout, &module, tensors, &header, &mut out, &mut notes).map_err(failed)?;
         }
@@ -206,6 +222,13 @@ impl Convert {
         println!("{}: {count} LoRA tensors under the {layout} names, {all} in all", self.output.display());
         Ok(())
     }
+}
+
+/// Path, rank and alpha of a module of the U-Net, where its tensors tell.
+fn describe(module: &LoraModule, tensors: &Module) -> Option<(String, usize, f64)> {
+    let rank = *tensors.down.as_ref()?.shape.first()?;
+    let alpha = tensors.alpha.as_ref().map_or(Some(rank as f64), |alpha| alpha::read(alpha).ok())?;
+    (module.network == Network::UNet).then(|| (module.path.clone(), rank, alpha))
 }
 
 fn open(path: &Path) -> Result<Checkpoint> {

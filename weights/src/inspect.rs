@@ -41,7 +41,7 @@ fn table(summary: &Summary) -> String {
         for (key, value) in part.iter().filter_map(Value::as_object).flatten() {
             if key == "tap" && value.is_null() {
                 lines.push((format!("{name}: tap"), "not in the file: configure `tap`".into()));
-            } else if !value.is_null() {
+            } else if !value.is_null() && value.as_array().is_none_or(|values| !values.is_empty()) {
                 lines.push((format!("{name}: {}", key.replace('_', " ")), plain(value)));
             }
         }

@@ -35,6 +35,20 @@ pub(crate) struct Summary {
     pub(crate) unknown: Vec<String>,
 }
 
+/// How the names of an adapter's tensors begin.
+const PARTS: [&str; 10] = [
+    "bbox_embed.",
+    "class_embed.",
+    "contrastive_align_projection_",
+    "input_proj.",
+    "logit_scale",
+    "map_to_clip.",
+    "query_embed.",
+    "semantic_embed.",
+    "timestep_embedding.",
+    "transformer.",
+];
+
 /// CLIP's widths of the two families.
 fn family_of_width(width: usize) -> Option<&'static str> {
     match width {
@@ -164,7 +178,7 @@ impl Summary {
         let tap = hints.tap.clone();
         let known = SizeHints { tap: Some(tap.clone().unwrap_or_default()), ..hints };
         let described = match AdapterSizes::infer(&file.root(), known) {
-            Err(error) => json!({"tap": tap, "problem": error.to_string()}),
+            Err(error) => json!({"tap": tap, "problem": error.to_string().trim_start_matches("adapter: ")}),
             Ok(sizes) => {
                 self.family = family_of_width(sizes.clip_dim);
                 let described = json!({
@@ -178,7 +192,8 @@ impl Summary {
                 described
             }
         };
-        file.ignore_below("contrastive_align_projection_");
+        // What belongs to an adapter is known, also where its sizes are not.
+        PARTS.iter().for_each(|part| file.ignore_below(part));
         self.adapter = Some(described);
         Ok(())
     }

@@ -12,7 +12,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 pub use names::{LoraKey, LoraLayout, LoraModule, LoraPart, Network};
-pub use peft_metadata::PeftMetadata;
+pub use peft_metadata::{PEFT_METADATA, PeftMetadata};
 
 use crate::{Checkpoint, Error, Result};
 

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{Checkpoint, Error, Result};
 
 /// The header entry that diffusers writes.
-const ENTRY: &str = "lora_adapter_metadata";
+pub const PEFT_METADATA: &str = "lora_adapter_metadata";
 
 /// The U-Net's part of a header's `lora_adapter_metadata`. The default says nothing: alpha is the rank.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -23,14 +23,13 @@ pub struct PeftMetadata {
 impl PeftMetadata {
     /// Reads the header of a checkpoint; other files say nothing. Fails when the entry is not what PEFT writes, and on DoRA.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        match checkpoint.metadata()?.get(ENTRY) {
-            None => Ok(Self::default()),
-            Some(text) => {
-                let failed =
-                    |message: String| Error::file(checkpoint.path(), format!("the header's `{ENTRY}`: {message}"));
-                Self::parse(text).map_err(failed)
-            }
-        }
+        Self::of_texts(&checkpoint.metadata()?).map_err(|message| Error::file(checkpoint.path(), message))
+    }
+
+    /// The same from a header's texts.
+    pub fn of_texts(metadata: &BTreeMap<String, String>) -> std::result::Result<Self, String> {
+        let parse = |text: &String| Self::parse(text).map_err(|e| format!("the header's `{PEFT_METADATA}`: {e}"));
+        metadata.get(PEFT_METADATA).map_or_else(|| Ok(Self::default()), parse)
     }
 
     /// Keys have the prefix `unet.` where the file is for a whole pipeline.
@@ -57,6 +56,23 @@ impl PeftMetadata {
             patterns,
             rank_stabilized: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         })
+    }
+
+    /// The entry for modules of the U-Net, each with its path, rank and alpha: diffusers takes alpha from it alone.
+    pub fn entry(modules: &[(String, usize, f64)]) -> String {
+        let map = |value: &dyn Fn(&(String, usize, f64)) -> Value| -> Value {
+            Value::Object(modules.iter().map(|module| (module.0.clone(), value(module))).collect())
+        };
+        let (rank, alpha) = modules.first().map_or((1, 1.), |(_, rank, alpha)| (*rank, *alpha));
+        json!({
+            "unet.peft_type": "LORA",
+            "unet.r": rank,
+            "unet.lora_alpha": alpha,
+            "unet.rank_pattern": map(&|module| json!(module.1)),
+            "unet.alpha_pattern": map(&|module| json!(module.2)),
+            "unet.target_modules": modules.iter().map(|module| &module.0).collect::<Vec<_>>(),
+        })
+        .to_string()
     }
 
     /// alpha / rank, or alpha / sqrt(rank), of a module that has no alpha of its own in the file.
@@ -87,6 +103,13 @@ mod tests {
         assert_eq!(PeftMetadata::default().scale("a.to_q", 4), 1.);
         let stabilized = PeftMetadata::parse(r#"{"lora_alpha": 6, "use_rslora": true}"#).unwrap();
         assert_eq!(stabilized.scale("a.to_q", 4), 3.);
+    }
+
+    #[test]
+    fn an_entry_is_read_back() {
+        let modules = [("a.to_q".to_owned(), 2, 6.), ("b.to_out.0".to_owned(), 4, 0.5)];
+        let metadata = PeftMetadata::parse(&PeftMetadata::entry(&modules)).unwrap();
+        assert_eq!((metadata.scale("a.to_q", 2), metadata.scale("b.to_out.0", 4)), (3., 0.125));
     }
 
     #[test]

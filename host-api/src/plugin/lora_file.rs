@@ -1,5 +1,6 @@
 //! LoRA weights as a safetensors file.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
 
 use super::{Lora, LoraEntry, LoraLayout};
 use crate::error::{Error, Result, Status};
@@ -43,9 +45,32 @@ impl Lora {
         for (name, shape, bytes) in &tensors {
             views.push((name, TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(broken)?));
         }
-        safetensors::serialize(views, None).map_err(broken)
+        let metadata =
+            (layout == LoraLayout::Peft).then(|| HashMap::from([(PEFT_METADATA.to_owned(), self.peft_metadata())]));
+        safetensors::serialize(views, metadata).map_err(broken)
+    }
+
+    /// What PEFT keeps in a file's header; diffusers takes alpha from it alone.
+    fn peft_metadata(&self) -> String {
+        let alpha = |entry: &LoraEntry| entry.scale * entry.rank as f64;
+        let map = |value: &dyn Fn(&LoraEntry) -> Value| -> Value {
+            Value::Object(self.entries().iter().map(|entry| (entry.module.clone(), value(entry))).collect())
+        };
+        let first = self.entries().first();
+        json!({
+            "unet.peft_type": "LORA",
+            "unet.r": first.map_or(1, |entry| entry.rank),
+            "unet.lora_alpha": first.map_or(1., alpha),
+            "unet.rank_pattern": map(&|entry| json!(entry.rank)),
+            "unet.alpha_pattern": map(&|entry| json!(alpha(entry))),
+            "unet.target_modules": self.entries().iter().map(|entry| &entry.module).collect::<Vec<_>>(),
+        })
+        .to_string()
     }
 }
+
+/// The header entry that PEFT and diffusers read.
+const PEFT_METADATA: &str = "lora_adapter_metadata";
 
 fn broken(error: SafeTensorError) -> Error {
     Error::new(Status::Internal, format!("LoRA as safetensors: {error}"))
