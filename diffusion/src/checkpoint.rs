@@ -141,12 +141,7 @@ impl Checkpoint {
                 let (dtype, shape) = (view.dtype(), view.shape().to_vec());
                 Ok(RawTensor { dtype, shape, data: Cow::Borrowed(view.data()) })
             }
-            Source::Loaded(tensors) => {
-                let (tensor, mut data) = (&tensors[name], Vec::new());
-                tensor.write_bytes(&mut data)?;
-                let (dtype, shape) = (tensor.dtype().into(), tensor.dims().to_vec());
-                Ok(RawTensor { dtype, shape, data: Cow::Owned(data) })
-            }
+            Source::Loaded(tensors) => RawTensor::of(&tensors[name]),
         }
     }
 
@@ -231,6 +226,15 @@ pub struct RawTensor<'a> {
     pub shape: Vec<usize>,
     /// Row-major, little-endian.
     pub data: Cow<'a, [u8]>,
+}
+
+impl RawTensor<'static> {
+    /// A copy of a tensor's values.
+    pub fn of(tensor: &Tensor) -> Result<Self> {
+        let mut data = Vec::new();
+        tensor.write_bytes(&mut data)?;
+        Ok(Self { dtype: tensor.dtype().into(), shape: tensor.dims().to_vec(), data: Cow::Owned(data) })
+    }
 }
 
 /// Opens a file that can be mapped: reading from a pipe or a device could wait for ever.

@@ -31,5 +31,5 @@ pub use lora::LoraEntry;
 pub use pipeline::{LoadOptions, Pipeline, TextModel, load_unet_to};
 pub use save::save_safetensors;
 pub use single_file::{SingleFileOptions, SingleFileSummary, describe_single_file, write_single_file};
-pub use unet::{Tap, Tape, TextKeys, UNet, UNetConfig, Weight};
+pub use unet::{LoraGradient, Tap, Tape, TextKeys, UNet, UNetConfig, Weight};
 pub use vae::{LatentDistribution, Vae, VaeConfig};

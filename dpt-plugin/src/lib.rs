@@ -12,13 +12,14 @@ mod correct;
 mod error;
 mod fit;
 mod lora;
+pub mod loss;
 mod params;
 mod plugin;
 mod score;
 mod source;
 mod text;
 
-pub use adapter::{Adapter, AdapterSizes, Grounding, SizeHints};
+pub use adapter::{Adapter, AdapterSizes, Draw, Grounding, SizeHints};
 pub use config::{Config, GradientSource, LoraChoice, LoraChoices, SCHEMA};
 pub use correct::{correction, norm};
 pub use error::{Error, Result};

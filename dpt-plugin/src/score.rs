@@ -27,6 +27,6 @@ pub fn score_and_gradient(
 }
 
 /// To unit length over the last dimension; the zero vector stays zero and has a finite gradient.
-fn normalize(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn normalize(x: &Tensor) -> Result<Tensor> {
     Ok(x.broadcast_div(&(x.sqr()?.sum_keepdim(D::Minus1)? + 1e-24)?.sqrt()?)?)
 }

@@ -26,7 +26,7 @@ pub struct Curve {
     pub points: Vec<(f64, f64)>,
 }
 
-/// What a figure shows.
+/// What a figure shows: pictures, curves, or both.
 pub struct Figure {
     /// Headings of the columns.
     pub columns: Vec<String>,
@@ -63,14 +63,16 @@ const COLOURS: [RGBColor; 7] = [
 type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift>;
 
 impl Figure {
-    /// Draws it. Fails when a row has not one picture per column or when pictures differ in size.
+    /// Draws it. Fails when a row has not one picture per column, when pictures differ in size, and when there is nothing
+    /// to draw.
     pub fn draw(&self) -> Result<Rgb> {
         let (width, height) = self.picture_size()?;
-        let scale = (CELL / width).max(1);
+        let scale = (CELL / width.max(1)).max(1);
         let (cell_width, cell_height) = (width * scale, height * scale);
         let (columns, rows) = (self.columns.len() as u32, self.rows.len() as u32);
         let row_height = cell_height.saturating_add(LINE + GAP);
-        let plot_top = rows.saturating_mul(row_height).saturating_add(MARGIN + LINE);
+        let headings = if self.columns.is_empty() { 0 } else { LINE };
+        let plot_top = rows.saturating_mul(row_height).saturating_add(MARGIN + headings);
         let plot_height = if self.curves.is_empty() { 0 } else { PLOT_HEIGHT };
         let full_width = columns.saturating_mul(cell_width.saturating_add(GAP)).saturating_add(2 * MARGIN - GAP);
         let (full_width, full_height) = (full_width.max(LEAST_WIDTH), plot_top.saturating_add(plot_height + MARGIN));
@@ -102,7 +104,10 @@ impl Figure {
     fn picture_size(&self) -> Result<(u32, u32)> {
         let size = |picture: &Rgb| (picture.width, picture.height);
         let first = self.rows.iter().flat_map(|row| &row.pictures).next().map(size);
-        let first = first.ok_or_else(|| failed("there are no pictures"))?;
+        let Some(first) = first else {
+            let nothing = self.rows.is_empty() && self.curves.is_empty();
+            return if nothing { Err(failed("there is nothing to draw")) } else { Ok((0, 0)) };
+        };
         for Row { label, pictures } in &self.rows {
             if pictures.len() != self.columns.len() {
                 let (found, expected) = (pictures.len(), self.columns.len());
@@ -256,7 +261,7 @@ mod tests {
         let mut mixed = figure();
         mixed.rows[1].pictures[0] = Rgb::filled(8, 8, [0; 3]).unwrap();
         assert!(mixed.draw().err().unwrap().to_string().contains("(64, 32) and (8, 8)"));
-        let empty = Figure { rows: Vec::new(), ..figure() };
-        assert!(empty.draw().err().unwrap().to_string().contains("no pictures"));
+        let empty = Figure { rows: Vec::new(), curves: Vec::new(), ..figure() };
+        assert!(empty.draw().err().unwrap().to_string().contains("nothing to draw"));
     }
 }

@@ -80,12 +80,18 @@ impl Rgb {
         [self.pixels[start], self.pixels[start + 1], self.pixels[start + 2]]
     }
 
+    /// Gives the pixel in column `x` of row `y` a colour. Panics outside.
+    pub fn set(&mut self, x: u32, y: u32, colour: [u8; 3]) {
+        let start = self.start(x, y);
+        self.pixels[start..start + 3].copy_from_slice(&colour);
+    }
+
     fn start(&self, x: u32, y: u32) -> usize {
         3 * (y as usize * self.width as usize + x as usize)
     }
 
     /// Draws `picture`, each of its pixels as a square of side `scale`, with its corner at `(left, top)`. Panics outside.
-    pub(crate) fn paste(&mut self, picture: &Self, (left, top): (u32, u32), scale: u32) {
+    pub fn paste(&mut self, picture: &Self, (left, top): (u32, u32), scale: u32) {
         for y in 0..picture.height * scale {
             let mut target = self.start(left, top + y);
             for x in 0..picture.width * scale {

@@ -201,7 +201,7 @@ fn inputs_of_the_wrong_shape() {
 
     for shape in [vec![2, 32, 1, 2], vec![1, 32, 1, 1], vec![2, 16, 1, 1], vec![2, 32]] {
         let (_, tape) = unet.forward_to(&values(2, (2, 4, 8, 8)), &[1., 2.], &text, Tap::Mid).unwrap();
-        assert_eq!((tape.tap(), tape.activation_shape()), (Tap::Mid, &[2, 32, 1, 1][..]));
+        assert_eq!((tape.tap(), tape.activation_shape()), (Some(Tap::Mid), &[2, 32, 1, 1][..]));
         let message = unet.vjp(tape, &values(3, shape.clone())).unwrap_err().to_string();
         assert_eq!(message, format!("cotangent has shape {shape:?}, the activation [2, 32, 1, 1]"));
     }

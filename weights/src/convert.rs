@@ -11,7 +11,7 @@ use diffusion::{Checkpoint, RawTensor, save_safetensors, write_single_file};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::alpha::{self, NOTES, Note, Notes};
-use crate::error::{Error, Result};
+use weights::{Error, Result};
 
 #[derive(Args)]
 pub(crate) struct Convert {

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::Value;
 
-use crate::error::Result;
 use crate::summary::Summary;
+use weights::Result;
 
 #[derive(Args)]
 pub(crate) struct Inspect {

@@ -1,20 +1,33 @@
-//! `weights`: says what a file of weights is, and converts between the layouts that users have.
+//! `weights`: says what a file of weights is, converts between the layouts that users have, and trains.
 
 mod alpha;
 mod convert;
-mod error;
+mod eval;
+mod ground;
 mod inspect;
+mod judge;
+mod probe;
+mod score;
+mod shapes;
 mod summary;
+mod training;
+mod tune;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use convert::Convert;
-use error::Result;
+use eval::Eval;
+use ground::Ground;
 use inspect::Inspect;
+use probe::Probe;
+use score::Score;
+use shapes::Shapes;
+use tune::Tune;
+use weights::Result;
 
-/// Looks into files of weights and converts them.
+/// Looks into files of weights, converts them, and makes them.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -28,12 +41,30 @@ enum Command {
     Inspect(Inspect),
     /// Write a file of weights in another layout.
     Convert(Convert),
+    /// Draw the shapes world as a folder of training data.
+    Shapes(Shapes),
+    /// Train an adapter on a frozen model (stage 1).
+    Probe(Box<Probe>),
+    /// Train adapter and LoRA together (stage 2).
+    Tune(Box<Tune>),
+    /// Measure how well an adapter matches and finds.
+    Eval(Box<Eval>),
+    /// Rank prompts for a picture, or pictures for a prompt.
+    Score(Box<Score>),
+    /// Find what a phrase speaks of in a picture.
+    Ground(Box<Ground>),
 }
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Inspect(inspect) => inspect.run(),
         Command::Convert(convert) => convert.run(),
+        Command::Shapes(shapes) => shapes.run(),
+        Command::Probe(probe) => probe.run(),
+        Command::Tune(tune) => tune.run(),
+        Command::Eval(eval) => eval.run(),
+        Command::Score(score) => score.run(),
+        Command::Ground(ground) => ground.run(),
     }
 }
 

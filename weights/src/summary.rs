@@ -11,7 +11,7 @@ use dpt_plugin::{Adapter, AdapterSizes, SizeHints};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
+use weights::{Error, Result};
 
 /// A file or folder of weights.
 #[derive(Serialize)]

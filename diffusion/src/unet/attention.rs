@@ -1,5 +1,6 @@
 use candle_core::Tensor;
 
+use super::lora_gradients::LoraGradients;
 use crate::layers::{Linear, attend, attend_vjp, merge_heads, split_heads};
 use crate::{Result, Scope};
 
@@ -20,6 +21,20 @@ pub(super) struct Attention {
     to_out: Linear,
     pub(super) heads: usize,
     upcast: bool,
+}
+
+/// What the projections were given: made again in the backward pass, and only where LoRA's gradients are wanted.
+pub(super) struct Inputs {
+    /// `[B, tokens, channels]`, of the queries.
+    pub(super) x: Tensor,
+    /// Of keys and values; `x` again in self-attention.
+    pub(super) context: Tensor,
+}
+
+/// Cotangents of the projections' outputs, `[B, tokens, channels]`.
+struct Projected {
+    queries: Tensor,
+    keys_values: Option<(Tensor, Tensor)>,
 }
 
 /// What the backward pass of one [`Attention`] needs, in heads.
@@ -73,23 +88,62 @@ impl Attention {
     }
 
     /// The gradient for `x` where keys and values are fixed (cross-attention).
-    pub(super) fn vjp_queries(&self, tape: &AttentionTape, dy: &Tensor) -> Result<Tensor> {
-        Ok(self.vjp_heads(tape, dy, false)?.0)
+    pub(super) fn vjp_queries(
+        &self,
+        tape: &AttentionTape,
+        dy: &Tensor,
+        inputs: impl FnOnce() -> Result<Inputs>,
+        lora: &mut LoraGradients,
+    ) -> Result<Tensor> {
+        let wanted = lora.wants(&self.path);
+        let gradients = self.vjp_projected(tape, dy, wanted)?;
+        if wanted {
+            self.add_lora_gradients(tape, dy, &gradients, &inputs()?, lora)?;
+        }
+        self.to_q.vjp(&gradients.queries)
     }
 
     /// The gradient for `x` where keys and values came from `x` too (self-attention).
-    pub(super) fn vjp_self(&self, tape: &AttentionTape, dy: &Tensor) -> Result<Tensor> {
-        let (dx, keys_values) = self.vjp_heads(tape, dy, true)?;
-        let (dk, dv) = keys_values.expect("asked for");
-        let dx = (dx + self.to_k.vjp(&merge_heads(&dk, self.heads)?)?)?;
-        Ok((dx + self.to_v.vjp(&merge_heads(&dv, self.heads)?)?)?)
+    pub(super) fn vjp_self(
+        &self,
+        tape: &AttentionTape,
+        dy: &Tensor,
+        inputs: impl FnOnce() -> Result<Inputs>,
+        lora: &mut LoraGradients,
+    ) -> Result<Tensor> {
+        let gradients = self.vjp_projected(tape, dy, true)?;
+        if lora.wants(&self.path) {
+            self.add_lora_gradients(tape, dy, &gradients, &inputs()?, lora)?;
+        }
+        let (dk, dv) = gradients.keys_values.expect("asked for");
+        Ok(((self.to_q.vjp(&gradients.queries)? + self.to_k.vjp(&dk)?)? + self.to_v.vjp(&dv)?)?)
     }
 
-    fn vjp_heads(&self, tape: &AttentionTape, dy: &Tensor, keys: bool) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+    fn vjp_projected(&self, tape: &AttentionTape, dy: &Tensor, keys: bool) -> Result<Projected> {
         let dy = split_heads(&self.to_out.vjp(dy)?, self.heads)?;
         let KeysValues { keys: k, values: v } = &tape.keys_values;
         let (dq, dkv) = attend_vjp((&tape.queries, k, v), &dy, self.upcast, keys)?;
-        Ok((self.to_q.vjp(&merge_heads(&dq, self.heads)?)?, dkv))
+        let merged = |t: Tensor| merge_heads(&t, self.heads);
+        let keys_values = dkv.map(|(dk, dv)| Ok::<_, crate::Error>((merged(dk)?, merged(dv)?))).transpose()?;
+        Ok(Projected { queries: merged(dq)?, keys_values })
+    }
+
+    fn add_lora_gradients(
+        &self,
+        tape: &AttentionTape,
+        dy: &Tensor,
+        gradients: &Projected,
+        inputs: &Inputs,
+        lora: &mut LoraGradients,
+    ) -> Result<()> {
+        let (dk, dv) = gradients.keys_values.as_ref().expect("asked for where LoRA is");
+        let KeysValues { keys, values } = &tape.keys_values;
+        let attended = merge_heads(&attend(&tape.queries, keys, values, self.upcast)?, self.heads)?;
+        let module = |name: &str| format!("{}.{name}", self.path);
+        lora.add(&module("to_q"), &inputs.x, &gradients.queries)?;
+        lora.add(&module("to_k"), &inputs.context, dk)?;
+        lora.add(&module("to_v"), &inputs.context, dv)?;
+        lora.add(&module("to_out.0"), &attended, dy)
     }
 }
 
@@ -113,7 +167,8 @@ mod tests {
     fn self_attention_gradient_passes_queries_keys_and_values() {
         let (attention, x) = (attention(8), values(0, (2, 6, 8)));
         let record = |x: &Tensor| attention.record(x, attention.keys_values(x)?);
-        let vjp = |dy: &Tensor| attention.vjp_self(&record(&x)?.1, dy);
+        let vjp =
+            |dy: &Tensor| attention.vjp_self(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default());
         assert_vjp("self-attention", &x, |x| Ok(record(x)?.0), vjp);
     }
 
@@ -122,7 +177,8 @@ mod tests {
         let (attention, x) = (attention(5), values(0, (2, 6, 8)));
         let text = attention.keys_values(&values(9, (2, 3, 5))).unwrap();
         let record = |x: &Tensor| attention.record(x, text.clone());
-        let vjp = |dy: &Tensor| attention.vjp_queries(&record(&x)?.1, dy);
+        let vjp =
+            |dy: &Tensor| attention.vjp_queries(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default());
         assert_vjp("cross-attention", &x, |x| Ok(record(x)?.0), vjp);
     }
 }

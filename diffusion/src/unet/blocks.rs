@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 
 use super::config::UNetConfig;
+use super::lora_gradients::LoraGradients;
 use super::text::{TextKeys, TextSlot};
 use super::transformer::{Transformer, TransformerTape};
 use crate::layers::{Conv2d, ResnetBlock, ResnetSizes, ResnetTape, upsample_nearest, upsample_nearest_vjp};
@@ -40,9 +41,9 @@ impl Layer {
         Ok((x, tape))
     }
 
-    fn vjp(&self, tape: LayerTape, dy: &Tensor) -> Result<Tensor> {
+    fn vjp(&self, tape: LayerTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
         match (&self.attention, tape.attention) {
-            (Some(attention), Some(kept)) => self.resnet.vjp(tape.resnet, &attention.vjp(kept, dy)?),
+            (Some(attention), Some(kept)) => self.resnet.vjp(tape.resnet, &attention.vjp(kept, dy, lora)?),
             _ => self.resnet.vjp(tape.resnet, dy),
         }
     }
@@ -107,12 +108,18 @@ impl DownBlock {
     }
 
     /// `skips` holds the gradients of the skip connections that were used, the coarsest on top.
-    pub(super) fn vjp(&self, tape: DownTape, mut d: Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub(super) fn vjp(
+        &self,
+        tape: DownTape,
+        mut d: Tensor,
+        skips: &mut Vec<Tensor>,
+        lora: &mut LoraGradients,
+    ) -> Result<Tensor> {
         if let Some(downsampler) = &self.downsampler {
             d = downsampler.vjp(&add_skip(d, skips)?, tape.size)?;
         }
         for (layer, tape) in self.layers.iter().zip(tape.layers).rev() {
-            d = layer.vjp(tape, &add_skip(d, skips)?)?;
+            d = layer.vjp(tape, &add_skip(d, skips)?, lora)?;
         }
         Ok(d)
     }
@@ -151,8 +158,10 @@ impl MidBlock {
         Ok((x, MidTape([first, second])))
     }
 
-    pub(super) fn vjp(&self, MidTape([first, second]): MidTape, d: &Tensor) -> Result<Tensor> {
-        self.layers[0].vjp(first, &self.layers[1].vjp(second, d)?)
+    pub(super) fn vjp(&self, tape: MidTape, d: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
+        let MidTape([first, second]) = tape;
+        let d = self.layers[1].vjp(second, d, lora)?;
+        self.layers[0].vjp(first, &d, lora)
     }
 }
 
@@ -213,12 +222,18 @@ impl UpBlock {
     }
 
     /// Pushes the gradients of the skip connections, the finest first.
-    pub(super) fn vjp(&self, tape: UpTape, mut d: Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub(super) fn vjp(
+        &self,
+        tape: UpTape,
+        mut d: Tensor,
+        skips: &mut Vec<Tensor>,
+        lora: &mut LoraGradients,
+    ) -> Result<Tensor> {
         if let Some(upsampler) = &self.upsampler {
             d = upsample_nearest_vjp(&upsampler.vjp(&d, tape.size)?)?;
         }
         for ((layer, kept), channels) in self.layers.iter().zip(tape.layers).zip(tape.channels).rev() {
-            let both = layer.vjp(kept, &d)?;
+            let both = layer.vjp(kept, &d, lora)?;
             skips.push(both.narrow(1, channels, both.dim(1)? - channels)?.contiguous()?);
             d = both.narrow(1, 0, channels)?.contiguous()?;
         }
@@ -257,7 +272,7 @@ mod tests {
         for (level, channels) in [(0, 16), (2, 16), (3, 32)] {
             let (block, x) = (&unet.down[level], values(0, (2, channels, 5, 6)));
             let alone = |x: &Tensor| block.record(x, condition, &mut Vec::new());
-            let vjp = |dy: &Tensor| block.vjp(alone(&x)?.1, dy.clone(), &mut Vec::new());
+            let vjp = |dy: &Tensor| block.vjp(alone(&x)?.1, dy.clone(), &mut Vec::new(), &mut LoraGradients::default());
             assert_vjp(&format!("down{level}"), &x, |x| Ok(alone(x)?.0), vjp);
 
             let outputs = |x: &Tensor| -> Result<_> {
@@ -270,7 +285,7 @@ mod tests {
                 let (all, tape) = outputs(&x)?;
                 let mut cotangents = split(cotangent, &all)?;
                 let dy = cotangents.pop().expect("the output's");
-                let dx = block.vjp(tape, dy, &mut cotangents)?;
+                let dx = block.vjp(tape, dy, &mut cotangents, &mut LoraGradients::default())?;
                 assert!(cotangents.is_empty(), "every skip connection's gradient is used");
                 Ok(dx)
             };
@@ -284,7 +299,7 @@ mod tests {
         let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
         let condition = Condition { time: &time, text: &text, recording: true };
         let (block, x) = (unet.mid.as_ref().unwrap(), values(0, (2, 32, 3, 2)));
-        let vjp = |dy: &Tensor| block.vjp(block.record(&x, condition)?.1, dy);
+        let vjp = |dy: &Tensor| block.vjp(block.record(&x, condition)?.1, dy, &mut LoraGradients::default());
         assert_vjp("mid", &x, |x| Ok(block.record(x, condition)?.0), vjp);
     }
 
@@ -312,7 +327,7 @@ mod tests {
             let x = join(&inputs).unwrap();
             let vjp = |dy: &Tensor| {
                 let mut skips = Vec::new();
-                let dx = block.vjp(record(&x)?.1, dy.clone(), &mut skips)?;
+                let dx = block.vjp(record(&x)?.1, dy.clone(), &mut skips, &mut LoraGradients::default())?;
                 // Pushed finest first, which is the order in which they were given.
                 skips.insert(0, dx);
                 join(&skips)

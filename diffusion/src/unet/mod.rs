@@ -2,12 +2,14 @@
 //!
 //! [`UNet::forward`] predicts noise. [`UNet::forward_to`] stops at a [`Tap`] and returns its activation with a [`Tape`];
 //! [`UNet::vjp`] turns a cotangent of that activation into the gradient for the latents. The weights are frozen, so the tape
-//! keeps only what the input gradient needs, and nothing is computed for blocks beyond the tap.
+//! keeps only what the input gradient needs, and nothing is computed for blocks beyond the tap. For training,
+//! [`UNet::vjp_lora`] also gives the gradients of low-rank factors, which need no more of the tape.
 
 mod attention;
 mod blocks;
 mod config;
 mod lora;
+mod lora_gradients;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -22,15 +24,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{DType, Device, Tensor};
 
 pub use config::UNetConfig;
+pub use lora_gradients::LoraGradient;
 pub use tap::Tap;
 pub use text::TextKeys;
 pub use weights::Weight;
 
 use crate::config::weights_file;
 use crate::layers::{Conv2d, GroupNorm, TimestepEmbedding, silu};
+use crate::lora::LoraEntry;
 use crate::{Checkpoint, Error, Result, Scope};
 use attention::Attention;
 use blocks::{Condition, DownBlock, DownTape, Layer, MidBlock, MidTape, UpBlock, UpTape, add_skip};
+use lora_gradients::LoraGradients;
 use text::TextSlot;
 
 /// A loaded U-Net, whole or up to a tap.
@@ -66,24 +71,26 @@ fn new_revision() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// What the input gradient of one evaluation up to a tap needs. Each block's part is freed as the backward pass passes it.
+/// What the input gradient of one evaluation needs, up to a tap or to the predicted noise. Each block's part is freed as the backward pass passes it.
 pub struct Tape {
     revision: u64,
-    tap: Tap,
+    tap: Option<Tap>,
     activation: Vec<usize>,
     size: (usize, usize),
     down: Vec<DownTape>,
     mid: Option<MidTape>,
     up: Vec<UpTape>,
+    /// What the last norm and convolution were given, where the evaluation predicted noise.
+    out: Option<Tensor>,
 }
 
 impl Tape {
-    /// The tap that this evaluation stopped at.
-    pub fn tap(&self) -> Tap {
+    /// The tap that this evaluation stopped at; `None` when it predicted noise.
+    pub fn tap(&self) -> Option<Tap> {
         self.tap
     }
 
-    /// The shape `[B, C, h, w]` of its activation, and of the cotangent that [`UNet::vjp`] takes.
+    /// The shape `[B, C, h, w]` of its activation (or noise), and of the cotangent that [`UNet::vjp`] takes.
     pub fn activation_shape(&self) -> &[usize] {
         &self.activation
     }
@@ -181,25 +188,65 @@ impl UNet {
 
     /// Predicts the noise (or v) in latents `[B, in_channels, h, w]` at one timestep per item: `[B, out_channels, h, w]`.
     pub fn forward(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<Tensor> {
-        let Some((norm, conv)) = &self.out else {
-            return Err(Error::Input("this U-Net was loaded up to a tap only and cannot predict noise".into()));
-        };
-        let (x, _) = self.run(latents, timesteps, text, None)?;
+        let (norm, conv) = self.output_layers()?;
+        let (x, _) = self.run(latents, timesteps, text, None, false)?;
         conv.forward(&norm.forward_silu(&x)?)
+    }
+
+    /// [`Self::forward`] with what its gradient needs.
+    pub fn forward_recorded(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<(Tensor, Tape)> {
+        let (norm, conv) = self.output_layers()?;
+        let (x, tape) = self.run(latents, timesteps, text, None, true)?;
+        let noise = conv.forward(&norm.forward_silu(&x)?)?;
+        let tape = tape.expect("recorded");
+        Ok((noise.clone(), Tape { activation: noise.dims().to_vec(), out: Some(x), ..tape }))
+    }
+
+    fn output_layers(&self) -> Result<&(GroupNorm, Conv2d)> {
+        let message = "this U-Net was loaded up to a tap only and cannot predict noise";
+        self.out.as_ref().ok_or_else(|| Error::Input(message.into()))
     }
 
     /// The activation `[B, C, h, w]` of a tap and what its gradient needs.
     pub fn forward_to(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys, tap: Tap) -> Result<(Tensor, Tape)> {
-        if !self.is_loaded(tap) {
-            return Err(Error::Input(format!("tap {tap} is not loaded")));
-        }
-        let (activation, tape) = self.run(latents, timesteps, text, Some(tap))?;
-        Ok((activation, tape.expect("recorded because a tap was given")))
+        self.check_loaded(tap)?;
+        let (activation, tape) = self.run(latents, timesteps, text, Some(tap), true)?;
+        Ok((activation, tape.expect("recorded")))
+    }
+
+    /// The activation alone, where no gradient follows: each layer's intermediate results are freed at once.
+    pub fn features(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys, tap: Tap) -> Result<Tensor> {
+        self.check_loaded(tap)?;
+        Ok(self.run(latents, timesteps, text, Some(tap), false)?.0)
+    }
+
+    fn check_loaded(&self, tap: Tap) -> Result<()> {
+        if self.is_loaded(tap) { Ok(()) } else { Err(Error::Input(format!("tap {tap} is not loaded"))) }
     }
 
     /// The gradient of `sum(cotangent * activation)` for the latents, in their shape `[B, in_channels, h, w]` and the
     /// cotangent's dtype.
     pub fn vjp(&self, tape: Tape, cotangent: &Tensor) -> Result<Tensor> {
+        Ok(self.vjp_with(tape, cotangent, LoraGradients::default())?.0)
+    }
+
+    /// The same, and the gradients of the factors of `entries`, which are merged at strength 1, by module. An entry of a
+    /// block that the tape did not pass has none.
+    pub fn vjp_lora(
+        &self,
+        tape: Tape,
+        cotangent: &Tensor,
+        entries: &[LoraEntry],
+    ) -> Result<(Tensor, BTreeMap<String, LoraGradient>)> {
+        self.vjp_with(tape, cotangent, LoraGradients::of(entries)?)
+    }
+
+    fn vjp_with(
+        &self,
+        tape: Tape,
+        cotangent: &Tensor,
+        mut lora: LoraGradients,
+    ) -> Result<(Tensor, BTreeMap<String, LoraGradient>)> {
         if tape.revision != self.revision {
             return Err(Error::Input("the tape was recorded with other weights; evaluate again".into()));
         }
@@ -209,31 +256,35 @@ impl UNet {
         }
         let scale = if self.dtype == DType::F16 { scale_for_f16(cotangent)? } else { 1. };
         let mut d = (cotangent * scale)?.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;
+        if let (Some((norm, conv)), Some(x)) = (&self.out, &tape.out) {
+            d = norm.vjp_silu(x, &conv.vjp(&d, tape.size)?)?;
+        }
         let mut skips = Vec::new();
         for (block, tape) in self.up.iter().zip(tape.up).rev() {
-            d = block.vjp(tape, d, &mut skips)?;
+            d = block.vjp(tape, d, &mut skips, &mut lora)?;
         }
         if let (Some(block), Some(tape)) = (&self.mid, tape.mid) {
-            d = block.vjp(tape, &d)?;
+            d = block.vjp(tape, &d, &mut lora)?;
         }
         for (block, tape) in self.down.iter().zip(tape.down).rev() {
-            d = block.vjp(tape, d, &mut skips)?;
+            d = block.vjp(tape, d, &mut skips, &mut lora)?;
         }
         let gradient = self.conv_in.vjp(&add_skip(d, &mut skips)?, tape.size)?;
-        Ok((gradient.to_dtype(cotangent.dtype())? / scale)?)
+        Ok(((gradient.to_dtype(cotangent.dtype())? / scale)?, lora.finish(scale)?))
     }
 
-    /// Runs to the tap, recording, or to the last block without.
+    /// Runs to the tap, or to the last block.
     fn run(
         &self,
         latents: &Tensor,
         timesteps: &[f64],
         text: &TextKeys,
         end: Option<Tap>,
+        recording: bool,
     ) -> Result<(Tensor, Option<Tape>)> {
         self.check_inputs(latents, timesteps, text)?;
         let time = silu(&self.time_embedding.forward(timesteps)?)?;
-        let condition = Condition { time: &time, text, recording: end.is_some() };
+        let condition = Condition { time: &time, text, recording };
         let reached = |tap: Tap| end.is_none_or(|end| tap <= end);
         let size = (latents.dim(2)?, latents.dim(3)?);
         let (mut down_tapes, mut mid_tape, mut up_tapes) = (Vec::new(), None, Vec::new());
@@ -243,22 +294,22 @@ impl UNet {
         for (_, block) in self.down.iter().enumerate().take_while(|(i, _)| reached(Tap::Down(*i))) {
             let (y, tape) = block.record(&x, condition, &mut skips)?;
             x = y;
-            down_tapes.extend(end.map(|_| tape));
+            down_tapes.extend(recording.then_some(tape));
         }
         if let Some(block) = self.mid.as_ref().filter(|_| reached(Tap::Mid)) {
             let (y, tape) = block.record(&x, condition)?;
             x = y;
-            mid_tape = end.map(|_| tape);
+            mid_tape = recording.then_some(tape);
         }
         for (_, block) in self.up.iter().enumerate().take_while(|(i, _)| reached(Tap::Up(*i))) {
             let (y, tape) = block.record(&x, condition, &mut skips)?;
             x = y;
-            up_tapes.extend(end.map(|_| tape));
+            up_tapes.extend(recording.then_some(tape));
         }
         let activation = x.dims().to_vec();
         let revision = self.revision;
-        let tape =
-            end.map(|tap| Tape { revision, tap, activation, size, down: down_tapes, mid: mid_tape, up: up_tapes });
+        let (down, mid, up) = (down_tapes, mid_tape, up_tapes);
+        let tape = recording.then_some(Tape { revision, tap: end, activation, size, down, mid, up, out: None });
         Ok((x, tape))
     }
 

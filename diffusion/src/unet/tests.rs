@@ -44,3 +44,89 @@ fn gradients_from_every_tap_at_even_sizes() {
 fn gradients_from_every_tap_of_the_smallest_latents() {
     check_every_tap("sd2", (1, 2), 1e-6);
 }
+
+/// Every projection's factors in one row, `down` then `up`, and entries made of such a row.
+struct Factors(Vec<(String, usize, usize)>);
+
+impl Factors {
+    const RANK: usize = 2;
+
+    fn of(unet: &UNet) -> Self {
+        Self(unet.projections().map(|(name, w)| (name, w.dims()[1], w.dims()[0])).collect())
+    }
+
+    fn len(&self) -> usize {
+        self.0.iter().map(|(_, i, o)| Self::RANK * (i + o)).sum()
+    }
+
+    fn entries(&self, row: &Tensor) -> Vec<LoraEntry> {
+        let mut start = 0;
+        let mut take = |rows: usize, columns: usize| {
+            let part = row.narrow(0, start, rows * columns).unwrap().reshape((rows, columns)).unwrap();
+            start += rows * columns;
+            part
+        };
+        let entry = |(module, inputs, outputs): &(String, usize, usize)| LoraEntry {
+            module: module.clone(),
+            down: take(Self::RANK, *inputs),
+            up: take(*outputs, Self::RANK),
+            scale: 0.7,
+        };
+        self.0.iter().map(entry).collect()
+    }
+
+    /// The gradients in the order of the row; zeros where a projection has none.
+    fn row(&self, gradients: &BTreeMap<String, LoraGradient>) -> Tensor {
+        let zeros = |shape| Tensor::zeros(shape, DType::F64, &Device::Cpu).unwrap();
+        let part = |(module, inputs, outputs): &(String, usize, usize)| match gradients.get(module) {
+            Some(LoraGradient { down, up }) => [down.clone(), up.clone()],
+            None => [zeros((Self::RANK, *inputs)), zeros((*outputs, Self::RANK))],
+        };
+        let flat = self.0.iter().flat_map(part).map(|t| t.flatten_all().unwrap()).collect::<Vec<_>>();
+        Tensor::cat(&flat, 0).unwrap()
+    }
+}
+
+/// Up to a tap, where later projections have no gradient, and to the predicted noise, where all have.
+#[test]
+fn gradients_of_lora_factors() {
+    for family in ["sd1", "sd2"] {
+        let unet = std::cell::RefCell::new(tiny(family));
+        let factors = Factors::of(&unet.borrow());
+        let channels = unet.borrow().config.in_channels;
+        let (latents, context, timesteps) = (values(0, (2, channels, 8, 6)), values(90, (2, 5, 32)), [981., 20.5]);
+        for tap in [Some(Tap::Mid), None] {
+            let merged = |row: &Tensor| {
+                let mut unet = unet.borrow_mut();
+                unet.restore_lora();
+                unet.merge_lora(&factors.entries(row), 1.).unwrap();
+                let text = unet.text(&context).unwrap();
+                match tap {
+                    Some(tap) => unet.forward_to(&latents, &timesteps, &text, tap),
+                    None => unet.forward_recorded(&latents, &timesteps, &text),
+                }
+            };
+            let row = (values(3, factors.len()) * 0.3).unwrap();
+            let vjp = |cotangent: &Tensor| {
+                let tape = merged(&row)?.1;
+                let entries = factors.entries(&row);
+                let (dx, gradients) = unet.borrow().vjp_lora(tape, cotangent, &entries)?;
+                assert_eq!(dx.dims(), latents.dims());
+                assert_eq!(gradients.len() == factors.0.len(), tap.is_none(), "all projections before the noise alone");
+                Ok(factors.row(&gradients))
+            };
+            let error = disagreement(3, &row, |row| Ok(merged(row)?.0), vjp);
+            assert!(error < 1e-8, "{family} LoRA to {tap:?}: the gradient is off by {error:.1e}");
+        }
+    }
+}
+
+/// The input gradient from the predicted noise, through the last norm and convolution.
+#[test]
+fn gradient_of_predicted_noise() {
+    let unet = tiny("sd2");
+    let (text, timesteps, x) = (text(&unet, 2), [981., 20.5], values(0, (2, unet.config.in_channels, 6, 5)));
+    let run = |x: &Tensor| unet.forward_recorded(x, &timesteps, &text);
+    let error = disagreement(2, &x, |x| Ok(run(x)?.0), |cotangent| unet.vjp(run(&x)?.1, cotangent));
+    assert!(error < 1e-8, "off by {error:.1e}");
+}

@@ -24,14 +24,15 @@ impl TextSlot {
 #[derive(Clone)]
 pub struct TextKeys {
     slots: Vec<(usize, KeysValues)>,
-    batch: usize,
+    /// What they were made from, `[B, tokens, cross_attention_dim]`.
+    context: Tensor,
     pub(super) revision: u64,
 }
 
 impl TextKeys {
     /// Number of texts.
     pub fn batch(&self) -> usize {
-        self.batch
+        self.context.dims()[0]
     }
 
     /// The texts `start .. start + len` alone.
@@ -41,12 +42,16 @@ impl TextKeys {
             Ok((*heads, KeysValues { keys: rows(&kv.keys, *heads)?, values: rows(&kv.values, *heads)? }))
         };
         let slots = self.slots.iter().map(narrow).collect::<Result<_>>()?;
-        Ok(Self { slots, batch: len, revision: self.revision })
+        Ok(Self { slots, context: self.context.narrow(0, start, len)?, revision: self.revision })
     }
 
     /// Whether they were computed with the weights that `unet` has now.
     pub fn is_of(&self, unet: &UNet) -> bool {
         self.revision == unet.revision
+    }
+
+    pub(super) fn context(&self) -> &Tensor {
+        &self.context
     }
 
     pub(super) fn at(&self, slot: TextSlot) -> KeysValues {
@@ -68,6 +73,6 @@ impl UNet {
         let context = context.to_dtype(self.dtype)?.to_device(&self.device)?;
         let cross = self.attentions().skip(1).step_by(2); // attn1, attn2, attn1, ...
         let slots = cross.map(|attn2| Ok((attn2.heads, attn2.keys_values(&context)?))).collect::<Result<_>>()?;
-        Ok(TextKeys { slots, batch: context.dim(0)?, revision: self.revision })
+        Ok(TextKeys { slots, context, revision: self.revision })
     }
 }

@@ -1,7 +1,8 @@
 use candle_core::Tensor;
 
-use super::attention::{Attention, AttentionTape};
+use super::attention::{Attention, AttentionTape, Inputs};
 use super::config::UNetConfig;
+use super::lora_gradients::LoraGradients;
 use super::text::{TextKeys, TextSlot};
 use crate::layers::{GroupNorm, LayerNorm, Linear, geglu, geglu_vjp};
 use crate::{Result, Scope};
@@ -52,10 +53,10 @@ impl Transformer {
         Ok((y, TransformerTape { x: x.clone(), blocks: tapes }))
     }
 
-    pub(super) fn vjp(&self, tape: TransformerTape, dy: &Tensor) -> Result<Tensor> {
+    pub(super) fn vjp(&self, tape: TransformerTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
         let mut d = self.proj_out.vjp(&to_tokens(dy)?)?;
         for (block, tape) in self.blocks.iter().zip(tape.blocks).rev() {
-            d = block.vjp(tape, &d)?;
+            d = block.vjp(tape, &d, lora)?;
         }
         let d = to_image(&self.proj_in.vjp(&d)?, &tape.x)?;
         Ok((self.norm.vjp(&tape.x, &d)? + dy)?)
@@ -99,6 +100,8 @@ struct BlockTape {
     attn2: AttentionTape,
     x3: Tensor,
     hidden: Tensor,
+    /// What the text's keys and values were made from.
+    context: Tensor,
 }
 
 impl TransformerBlock {
@@ -128,14 +131,19 @@ impl TransformerBlock {
         let x3 = (&x2 + y)?;
         let hidden = self.ff_in.forward(&self.norm3.forward(&x3)?)?;
         let y = (&x3 + self.ff_out.forward(&geglu(&hidden)?)?)?;
-        Ok((y, BlockTape { x1, attn1, x2, attn2, x3, hidden }))
+        Ok((y, BlockTape { x1, attn1, x2, attn2, x3, hidden, context: text.context().clone() }))
     }
 
-    fn vjp(&self, tape: BlockTape, dy: &Tensor) -> Result<Tensor> {
+    fn vjp(&self, tape: BlockTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
         let d = self.ff_in.vjp(&geglu_vjp(&tape.hidden, &self.ff_out.vjp(dy)?)?)?;
         let d3 = (dy + self.norm3.vjp(&tape.x3, &d)?)?;
-        let d2 = (&d3 + self.norm2.vjp(&tape.x2, &self.attn2.vjp_queries(&tape.attn2, &d3)?)?)?;
-        Ok((&d2 + self.norm1.vjp(&tape.x1, &self.attn1.vjp_self(&tape.attn1, &d2)?)?)?)
+        let cross = || Ok(Inputs { x: self.norm2.forward(&tape.x2)?, context: tape.context.clone() });
+        let d2 = (&d3 + self.norm2.vjp(&tape.x2, &self.attn2.vjp_queries(&tape.attn2, &d3, cross, lora)?)?)?;
+        let own = || {
+            let x = self.norm1.forward(&tape.x1)?;
+            Ok(Inputs { context: x.clone(), x })
+        };
+        Ok((&d2 + self.norm1.vjp(&tape.x1, &self.attn1.vjp_self(&tape.attn1, &d2, own, lora)?)?)?)
     }
 }
 
@@ -150,7 +158,7 @@ mod tests {
         let unet = tiny("sd1");
         let (text, x) = (text(&unet, 2), values(0, (2, 6, 16)));
         let block = &unet.down[0].layers[0].attention.as_ref().unwrap().blocks[0];
-        let vjp = |dy: &Tensor| block.vjp(block.record(&x, &text)?.1, dy);
+        let vjp = |dy: &Tensor| block.vjp(block.record(&x, &text)?.1, dy, &mut LoraGradients::default());
         assert_vjp("transformer block", &x, |x| Ok(block.record(x, &text)?.0), vjp);
     }
 
@@ -161,7 +169,8 @@ mod tests {
             let unet = tiny(family);
             let (text, x) = (text(&unet, 2), values(0, (2, 32, 3, 2)));
             let transformer = unet.mid.as_ref().unwrap().layers[0].attention.as_ref().unwrap();
-            let vjp = |dy: &Tensor| transformer.vjp(transformer.record(&x, &text)?.1, dy);
+            let vjp =
+                |dy: &Tensor| transformer.vjp(transformer.record(&x, &text)?.1, dy, &mut LoraGradients::default());
             assert_vjp(&format!("{family} transformer"), &x, |x| Ok(transformer.record(x, &text)?.0), vjp);
         }
     }

@@ -1,8 +1,9 @@
 use candle_core::{D, Tensor};
-use candle_nn::{Linear, Module, ops::softmax};
+use candle_nn::ops::softmax;
 use diffusion::Scope;
 
-use super::{AdapterSizes, linear};
+use super::AdapterSizes;
+use super::layers::Linear;
 use crate::Result;
 
 /// PyTorch's `nn.MultiheadAttention`, batch first: the input projections of q, k and v lie in one tensor.
@@ -19,10 +20,9 @@ impl MultiheadAttention {
         let d = sizes.d_model;
         let weight = scope.tensor("in_proj_weight", &[3 * d, d])?;
         let bias = scope.tensor("in_proj_bias", &[3 * d])?;
-        let part = |i: usize| -> Result<Linear> {
-            Ok(Linear::new(weight.narrow(0, i * d, d)?, Some(bias.narrow(0, i * d, d)?)))
-        };
-        let out = linear(&scope.enter("out_proj"), d, d)?;
+        let part =
+            |i: usize| -> Result<Linear> { Ok(Linear::new(weight.narrow(0, i * d, d)?, bias.narrow(0, i * d, d)?)) };
+        let out = Linear::load(&scope.enter("out_proj"), d, d)?;
         Ok(Self { q: part(0)?, k: part(1)?, v: part(2)?, out, heads: sizes.heads })
     }
 
@@ -38,6 +38,6 @@ impl MultiheadAttention {
         // The softmax of composed operations: autograd does not follow candle's fused one.
         let weights = softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?, D::Minus1)?;
         let y = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((b, tokens, d))?;
-        Ok(self.out.forward(&y)?)
+        self.out.forward(&y)
     }
 }

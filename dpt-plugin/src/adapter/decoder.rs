@@ -1,9 +1,9 @@
 use candle_core::Tensor;
-use candle_nn::{Linear, Module};
 use diffusion::Scope;
 
+use super::AdapterSizes;
 use super::attention::MultiheadAttention;
-use super::{AdapterSizes, LayerNorm, linear};
+use super::layers::{LayerNorm, Linear};
 use crate::Result;
 
 /// A post-norm Transformer decoder layer; the query embedding is added to queries and keys, not to values.
@@ -45,10 +45,10 @@ pub(super) struct FeedForward(Linear, Linear);
 impl FeedForward {
     pub(super) fn load(scope: &Scope, sizes: &AdapterSizes) -> Result<Self> {
         let (d, hidden) = (sizes.d_model, sizes.feedforward);
-        Ok(Self(linear(&scope.enter("linear1"), d, hidden)?, linear(&scope.enter("linear2"), hidden, d)?))
+        Ok(Self(Linear::load(&scope.enter("linear1"), d, hidden)?, Linear::load(&scope.enter("linear2"), hidden, d)?))
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.1.forward(&self.0.forward(x)?.relu()?)?)
+        self.1.forward(&self.0.forward(x)?.relu()?)
     }
 }

@@ -1,9 +1,10 @@
 use candle_core::Tensor;
 use diffusion::Scope;
 
+use super::AdapterSizes;
 use super::attention::MultiheadAttention;
 use super::decoder::FeedForward;
-use super::{AdapterSizes, LayerNorm};
+use super::layers::LayerNorm;
 use crate::Result;
 
 /// A post-norm Transformer encoder layer; positions are added to queries and keys, not to values.

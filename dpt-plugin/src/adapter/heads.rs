@@ -1,8 +1,8 @@
 use candle_core::Tensor;
-use candle_nn::{Linear, Module};
 use diffusion::Scope;
 
-use super::{AdapterSizes, linear};
+use super::AdapterSizes;
+use super::layers::Linear;
 use crate::Result;
 
 /// What the K grounding queries say.
@@ -22,14 +22,13 @@ pub(super) struct Heads {
     boxes: [Linear; 3],
     semantic: Option<Linear>,
     /// ln(1 / tau), the temperature of the contrastive loss.
-    #[allow(dead_code, reason = "read by training; the score itself has no temperature")]
-    logit_scale: Tensor,
+    pub(super) logit_scale: Tensor,
 }
 
 impl Heads {
     pub(super) fn load(scope: &Scope, sizes: &AdapterSizes) -> Result<Self> {
         let (d, p) = (sizes.d_model, sizes.clip_dim);
-        let layer = |name: &str, inputs, outputs| linear(&scope.enter(name), inputs, outputs);
+        let layer = |name: &str, inputs, outputs| Linear::load(&scope.enter(name), inputs, outputs);
         let semantic = scope.contains("semantic_embed.weight").then(|| layer("semantic_embed", d, p));
         Ok(Self {
             matching: (layer("map_to_clip.0", d, d)?, layer("map_to_clip.2", d, p)?),
@@ -45,7 +44,7 @@ impl Heads {
     }
 
     pub(super) fn matching(&self, queries: &Tensor) -> Result<Tensor> {
-        Ok(self.matching.1.forward(&self.matching.0.forward(queries)?.relu()?)?)
+        self.matching.1.forward(&self.matching.0.forward(queries)?.relu()?)
     }
 
     pub(super) fn grounding(&self, queries: &Tensor) -> Result<Grounding> {

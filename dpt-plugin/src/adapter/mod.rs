@@ -1,27 +1,31 @@
 //! The discriminative adapter (Eq. 1-2): a small DETR-style Transformer that reads the tapped U-Net features and answers
 //! with queries, the first M of which speak of the whole image (matching) and the other K of its objects (grounding).
 //!
-//! Names and shapes of the weights are those of the released checkpoint. The adapter computes in its weights' dtype, f32 as the plugin loads them, through operations
-//! that candle's autograd can differentiate: its input gradient at inference, its weights in training.
+//! Names and shapes of the weights are those of the released checkpoint. The adapter computes in its weights' dtype, f32 as the
+//! plugin loads them, through operations that candle's autograd can differentiate: its input gradient at inference, its
+//! weights in training, where it is loaded from variables.
 
 mod attention;
 mod decoder;
 mod encoder;
 mod heads;
+mod init;
+mod layers;
 mod positions;
 mod sizes;
 
-use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{Linear, Module};
+use candle_core::{DType, Device, Tensor};
 use diffusion::{Scope, timestep_sinusoid};
 
 pub use heads::Grounding;
+pub use init::Draw;
 pub use sizes::{AdapterSizes, SizeHints};
 
 use crate::Result;
 use decoder::DecoderLayer;
 use encoder::EncoderLayer;
 use heads::Heads;
+use layers::{LayerNorm, Linear};
 
 /// A loaded adapter. Shapes: B items, N = M + K queries, d model width, p width of CLIP's pooled text embedding.
 pub struct Adapter {
@@ -48,9 +52,9 @@ impl Adapter {
         let decoder_layers =
             (0..sizes.decoder_layers).map(|i| DecoderLayer::load(&decoder.enter(format_args!("layers.{i}")), &sizes));
         Ok(Self {
-            input_proj: Linear::new(projection, Some(scope.tensor("input_proj.bias", &[d])?)),
+            input_proj: Linear::new(projection, scope.tensor("input_proj.bias", &[d])?),
             query_embed: scope.tensor("query_embed.weight", &[sizes.queries(), d])?,
-            time: (linear(&time.enter("linear_1"), d, 4 * d)?, linear(&time.enter("linear_2"), 4 * d, d)?),
+            time: (Linear::load(&time.enter("linear_1"), d, 4 * d)?, Linear::load(&time.enter("linear_2"), 4 * d, d)?),
             encoder: encoder_layers.collect::<Result<_>>()?,
             decoder: decoder_layers.collect::<Result<_>>()?,
             decoder_norm: LayerNorm::load(&decoder.enter("norm"), d)?,
@@ -110,35 +114,14 @@ impl Adapter {
         self.heads.matching(&queries.narrow(1, 0, self.sizes.matching_queries)?.contiguous()?)
     }
 
+    /// ln(1 / tau), the learned temperature of the contrastive loss: a scalar. The score itself has none.
+    pub fn logit_scale(&self) -> &Tensor {
+        &self.heads.logit_scale
+    }
+
     /// What the grounding queries of `[B, N, d]` say.
     pub fn grounding(&self, queries: &Tensor) -> Result<Grounding> {
         let AdapterSizes { matching_queries, grounding_queries, .. } = self.sizes;
         self.heads.grounding(&queries.narrow(1, matching_queries, grounding_queries)?.contiguous()?)
-    }
-}
-
-/// `[.., inputs]` to `[.., outputs]`.
-fn linear(scope: &Scope, inputs: usize, outputs: usize) -> Result<Linear> {
-    Ok(Linear::new(scope.tensor("weight", &[outputs, inputs])?, Some(scope.tensor("bias", &[outputs])?)))
-}
-
-/// Layer norm over the last dimension, of operations that autograd follows; candle's fused one is not.
-struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl LayerNorm {
-    /// PyTorch's default.
-    const EPS: f64 = 1e-5;
-
-    fn load(scope: &Scope, width: usize) -> Result<Self> {
-        Ok(Self { weight: scope.tensor("weight", &[width])?, bias: scope.tensor("bias", &[width])? })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-        let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + Self::EPS)?.sqrt()?;
-        Ok(centred.broadcast_div(&deviation)?.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)?)
     }
 }

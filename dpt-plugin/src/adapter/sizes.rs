@@ -102,18 +102,30 @@ impl AdapterSizes {
             clip_dim: dims("map_to_clip.2.weight", 2)?[0],
             classes: dims("class_embed.weight", 2)?[0],
         };
-        let AdapterSizes { heads, matching_queries, .. } = sizes;
+        if sizes.matching_queries > queries {
+            return Err(Error::Adapter(format!(
+                "{} matching queries of {queries}; expected 1 to {queries}",
+                sizes.matching_queries
+            )));
+        }
+        let sizes = Self { grounding_queries: queries - sizes.matching_queries, ..sizes };
+        sizes.check()?;
+        Ok(sizes)
+    }
+
+    /// Fails when no adapter can have these sizes.
+    pub fn check(&self) -> Result<()> {
+        let AdapterSizes { d_model, heads, matching_queries, .. } = *self;
         if heads == 0 || d_model == 0 || d_model % heads != 0 || d_model % 4 != 0 {
             return Err(Error::Adapter(format!("width {d_model} must be divisible by 4 and by its {heads} heads")));
         }
-        if matching_queries == 0 || matching_queries > queries {
-            return Err(Error::Adapter(format!(
-                "{matching_queries} matching queries of {queries}; expected 1 to {queries}"
-            )));
+        if matching_queries == 0 {
+            let queries = self.queries();
+            return Err(Error::Adapter(format!("0 matching queries of {queries}; expected 1 to {queries}")));
         }
-        if sizes.decoder_layers == 0 {
+        if self.decoder_layers == 0 {
             return Err(Error::Adapter("the decoder has no layers".into()));
         }
-        Ok(Self { grounding_queries: queries - matching_queries, ..sizes })
+        Ok(())
     }
 }

@@ -1,0 +1,71 @@
+//! Gradients of low-rank factors, for training them. With `y = x (W + s up down)^T`:
+//! `d up = s dy^T (x down^T)` and `d down = s (dy up)^T x`, so the gradient of the whole weight is never formed.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::Tensor;
+
+use crate::lora::LoraEntry;
+use crate::{Error, Result};
+
+/// The gradients of one [`LoraEntry`]'s factors, in their shapes.
+#[derive(Debug, Clone)]
+pub struct LoraGradient {
+    /// `[rank, in]`.
+    pub down: Tensor,
+    /// `[out, rank]`.
+    pub up: Tensor,
+}
+
+/// Which factors' gradients are wanted, and those found so far as the backward pass comes by their projections.
+#[derive(Default)]
+pub(super) struct LoraGradients<'a> {
+    wanted: HashMap<&'a str, &'a LoraEntry>,
+    found: BTreeMap<String, LoraGradient>,
+}
+
+impl<'a> LoraGradients<'a> {
+    /// Of these entries. Fails on two for one projection, whose gradients could not be told apart.
+    pub(super) fn of(entries: &'a [LoraEntry]) -> Result<Self> {
+        let mut wanted = HashMap::new();
+        for entry in entries {
+            if wanted.insert(entry.module.as_str(), entry).is_some() {
+                return Err(Error::Input(format!("LoRA: two entries for `{}`; stack them first", entry.module)));
+            }
+        }
+        Ok(Self { wanted, found: BTreeMap::new() })
+    }
+
+    /// Whether any projection of the attention at this path is among them.
+    pub(super) fn wants(&self, attention: &str) -> bool {
+        // The gradient of a self-attention without LoRA must not pay for the question.
+        !self.wanted.is_empty()
+            && self.wanted.keys().any(|m| m.strip_prefix(attention).is_some_and(|rest| rest.starts_with('.')))
+    }
+
+    /// Adds what a projection's input `[.., in]` and its output's cotangent `[.., out]` say, where it is wanted.
+    pub(super) fn add(&mut self, module: &str, x: &Tensor, dy: &Tensor) -> Result<()> {
+        let Some(entry) = self.wanted.get(module) else { return Ok(()) };
+        let rows = |t: &Tensor| t.flatten_to(t.rank() - 2)?.contiguous();
+        let (x, dy) = (rows(x)?, rows(dy)?);
+        let like = |factor: &Tensor| factor.detach().to_device(x.device())?.to_dtype(x.dtype());
+        let (down, up) = (like(&entry.down)?, like(&entry.up)?);
+        let up_gradient = (dy.t()?.matmul(&x.matmul(&down.t()?)?)? * entry.scale)?;
+        let down_gradient = (dy.matmul(&up)?.t()?.matmul(&x)? * entry.scale)?;
+        let (down, up) = (down_gradient.to_dtype(entry.down.dtype())?, up_gradient.to_dtype(entry.up.dtype())?);
+        let sum = match self.found.remove(module) {
+            None => LoraGradient { down, up },
+            Some(before) => LoraGradient { down: (before.down + down)?, up: (before.up + up)? },
+        };
+        self.found.insert(module.to_owned(), sum);
+        Ok(())
+    }
+
+    /// What was found, by module, divided by the factor that the cotangent was multiplied by.
+    pub(super) fn finish(self, scale: f64) -> Result<BTreeMap<String, LoraGradient>> {
+        let unscale = |(module, gradient): (String, LoraGradient)| {
+            Ok((module, LoraGradient { down: (gradient.down / scale)?, up: (gradient.up / scale)? }))
+        };
+        self.found.into_iter().map(unscale).collect()
+    }
+}

@@ -1,0 +1,71 @@
+use candle_core::{D, Tensor};
+
+use crate::Result;
+
+/// `[.., 4]` (cx, cy, w, h) to (x0, y0, x1, y1), each `[..]`.
+pub fn corners(boxes: &Tensor) -> Result<[Tensor; 4]> {
+    let part = |i| boxes.narrow(D::Minus1, i, 1)?.squeeze(D::Minus1);
+    let (cx, cy, w, h) = (part(0)?, part(1)?, (part(2)? * 0.5)?, (part(3)? * 0.5)?);
+    Ok([(&cx - &w)?, (&cy - &h)?, (cx + w)?, (cy + h)?])
+}
+
+/// Intersection over union of boxes `[.., 4]` (cx, cy, w, h), pair by pair: `[..]`.
+pub fn iou(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (intersection, union) = overlap(&corners(a)?, &corners(b)?)?;
+    Ok((intersection / (union + EPS)?)?)
+}
+
+/// Generalised IoU (arXiv 1902.09630): IoU less the share of the hull that neither covers; in (-1, 1].
+pub fn generalized_iou(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (a, b) = (corners(a)?, corners(b)?);
+    let (intersection, union) = overlap(&a, &b)?;
+    let hull = area(&[a[0].minimum(&b[0])?, a[1].minimum(&b[1])?, a[2].maximum(&b[2])?, a[3].maximum(&b[3])?])?;
+    let iou = (intersection / (&union + EPS)?)?;
+    Ok((iou - ((&hull - union)? / (&hull + EPS)?)?)?)
+}
+
+/// Keeps the ratio of two empty boxes finite.
+const EPS: f64 = 1e-9;
+
+fn overlap(a: &[Tensor; 4], b: &[Tensor; 4]) -> Result<(Tensor, Tensor)> {
+    let width = (a[2].minimum(&b[2])? - a[0].maximum(&b[0])?)?.relu()?;
+    let height = (a[3].minimum(&b[3])? - a[1].maximum(&b[1])?)?.relu()?;
+    let intersection = (width * height)?;
+    let union = ((area(a)? + area(b)?)? - &intersection)?;
+    Ok((intersection, union))
+}
+
+fn area([x0, y0, x1, y1]: &[Tensor; 4]) -> Result<Tensor> {
+    Ok(((x1 - x0)? * (y1 - y0)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn both(a: [f64; 4], b: [f64; 4]) -> (f64, f64) {
+        let tensor = |values: [f64; 4]| Tensor::new(&values, &Device::Cpu).unwrap();
+        let (a, b) = (tensor(a), tensor(b));
+        (iou(&a, &b).unwrap().to_scalar().unwrap(), generalized_iou(&a, &b).unwrap().to_scalar().unwrap())
+    }
+
+    #[test]
+    fn by_hand() {
+        let near = |found: (f64, f64), expected: (f64, f64)| {
+            assert!((found.0 - expected.0).abs() < 1e-6 && (found.1 - expected.1).abs() < 1e-6, "{found:?}");
+        };
+        let square = [0.5, 0.5, 0.2, 0.2];
+        near(both(square, square), (1., 1.));
+        // Half of each overlaps: 0.02 of 0.06; their hull is their union.
+        near(both(square, [0.6, 0.5, 0.2, 0.2]), (1. / 3., 1. / 3.));
+        // Apart by their own width: the hull of three widths is empty by a third.
+        near(both(square, [0.9, 0.5, 0.2, 0.2]), (0., -1. / 3.));
+        // One within the other.
+        near(both(square, [0.5, 0.5, 0.1, 0.1]), (0.25, 0.25));
+        // Nothing at all.
+        let (iou, giou) = both([0.5, 0.5, 0., 0.], [0.5, 0.5, 0., 0.]);
+        assert!(iou == 0. && giou.is_finite());
+    }
+}

@@ -1,0 +1,81 @@
+//! What `weights score`, `weights ground` and `weights eval` have in common: a model and an adapter, ready to judge.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device};
+use clap::Args;
+use diffusion::lora::LoraFile;
+use diffusion::{Checkpoint, Pipeline};
+use dpt_plugin::{Adapter, AdapterSizes, SizeHints};
+use weights::data::Encoder;
+use weights::{Discriminator, Error, Result};
+
+use crate::training::model_or_shipped;
+
+/// The flags.
+#[derive(Args, Clone)]
+pub(crate) struct Judge {
+    /// The base model: a folder in the diffusers layout, or a single file [default: the shipped weights/shapes]
+    #[arg(long, value_name = "DIR|FILE")]
+    pub(crate) model: Option<PathBuf>,
+    /// The adapter, with LoRA where the file holds it [default: the shipped model's]
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
+    /// Name of the U-Net block that the adapter reads, where its file does not say
+    #[arg(long)]
+    tap: Option<String>,
+    /// The adapter's attention heads, where its file does not say
+    #[arg(long)]
+    heads: Option<usize>,
+    /// The adapter's matching queries, where its file does not say
+    #[arg(long)]
+    matching_queries: Option<usize>,
+    /// Keep latents in this folder, for later runs
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+/// The shipped model's adapter.
+const SHIPPED_ADAPTER: &str = "adapter_stage1.safetensors";
+
+/// A loaded judge.
+pub(crate) struct Bench {
+    pub(crate) discriminator: Discriminator,
+    pub(crate) encoder: Encoder,
+    pub(crate) device: Device,
+    pub(crate) adapter_path: PathBuf,
+    pub(crate) model_path: PathBuf,
+}
+
+impl Judge {
+    pub(crate) fn load(&self) -> Result<Bench> {
+        let device = diffusion::device(&self.device)?;
+        let model_path = model_or_shipped(self.model.as_deref())?;
+        let adapter_path = match (&self.adapter, &self.model) {
+            (Some(path), _) => path.clone(),
+            (None, None) => model_path.join(SHIPPED_ADAPTER),
+            (None, Some(_)) => {
+                let message = "an adapter belongs to the model it was trained on: give --adapter with --model";
+                return Err(Error::Request(message.into()));
+            }
+        };
+        let Pipeline { text, mut unet, vae, scheduler } = Pipeline::load(&model_path, DType::F32, &device)?;
+        let file = Checkpoint::open(&adapter_path, DType::F32, &device)?;
+        let lora = LoraFile::read(&file)?;
+        unet.merge_lora(&lora.entries, 1.)?;
+        let given = SizeHints { tap: self.tap.clone(), heads: self.heads, matching_queries: self.matching_queries };
+        let hints = given.or(SizeHints::of_header(&file)?);
+        let sizes = AdapterSizes::infer(&file.root(), hints).map_err(|e| Error::file(&adapter_path, e))?;
+        let adapter = Adapter::load(&file.root(), sizes)?;
+        let side = unet.config().sample_size.unwrap_or(64) * vae.config().latent_scale();
+        let side =
+            u32::try_from(side).map_err(|_| Error::Request(format!("pictures of {side} pixels are too large")))?;
+        let name = model_path.display().to_string();
+        let encoder = Encoder::new(text, vae, (side, side), &device, self.cache.clone(), &name)?;
+        let discriminator = Discriminator::new(unet, adapter, &scheduler)?;
+        Ok(Bench { discriminator, encoder, device, adapter_path, model_path })
+    }
+}

@@ -1,0 +1,173 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use candle_core::Tensor;
+use serde_json::{Value, json};
+
+use super::adamw::clip_norm;
+use super::state::{self, State};
+use super::{AdamW, AdamWSettings, Batcher, LearningRate, Metrics, Model, Objective};
+use crate::data::Encoder;
+use crate::{Error, Result};
+
+/// How a run goes.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Where its files go.
+    pub folder: PathBuf,
+    /// Steps of the optimiser.
+    pub steps: u64,
+    /// Batches whose gradients are averaged for a step.
+    pub accumulate: u64,
+    /// The optimiser's constants.
+    pub optimiser: AdamWSettings,
+    /// The learning rate of each step.
+    pub learning_rate: LearningRate,
+    /// Bound on the norm of all gradients together.
+    pub clip: f64,
+    /// The state is saved after every so many steps.
+    pub save_every: u64,
+    /// What else the run depends on: a run is resumed only with the same.
+    pub settings: Value,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every step is done.
+    Finished,
+    /// It was stopped; the state after this many steps is saved.
+    Interrupted(u64),
+}
+
+/// A training run.
+pub struct Trainer<'a> {
+    /// Whose parameters are trained.
+    pub model: &'a mut Model,
+    /// What is minimised.
+    pub objective: Objective,
+    /// On what.
+    pub batcher: Batcher<'a>,
+    /// How pictures and texts come in.
+    pub encoder: &'a mut Encoder,
+    /// How.
+    pub plan: Plan,
+}
+
+/// The losses in the plot, where they are computed.
+const PLOTTED: [&str; 7] =
+    ["text_to_image", "image_to_text", "presence", "box_l1", "box_giou", "text_to_object", "denoising"];
+
+impl Trainer<'_> {
+    /// The trained weights' file.
+    pub const WEIGHTS: &'static str = "adapter.safetensors";
+
+    fn settings(&self) -> Value {
+        let Plan { steps, accumulate, optimiser, learning_rate, clip, settings, .. } = &self.plan;
+        let mut all = json!({
+            "steps": steps,
+            "accumulate": accumulate,
+            "learning_rate": learning_rate.peak,
+            "warmup": learning_rate.warmup,
+            "decay": format!("{:?}", learning_rate.decay).to_lowercase(),
+            "betas": [optimiser.beta1, optimiser.beta2],
+            "weight_decay": optimiser.weight_decay,
+            "clip": clip,
+        });
+        let object = all.as_object_mut().expect("made above");
+        object.extend(settings.as_object().cloned().unwrap_or_default());
+        all
+    }
+
+    /// Trains to the last step, or until `stop` is set. With `resume` it goes on from the folder's saved state, to the same
+    /// weights as a run without interruption; without, a folder that holds a state is refused.
+    pub fn run(&mut self, resume: bool, stop: &AtomicBool, report: &mut dyn FnMut(u64, &Metrics)) -> Result<Outcome> {
+        let folder = self.plan.folder.clone();
+        std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, e))?;
+        let (path, settings) = (state::path(&folder), self.settings());
+        let mut optimiser = AdamW::new(self.plan.optimiser);
+        let mut step = 0;
+        if resume {
+            let saved = State::open(&path, self.model.discriminator().unet().device())?;
+            saved.check(&path, &settings)?;
+            saved.restore(&path, self.model.parameters())?;
+            self.model.refresh()?;
+            step = saved.step;
+            optimiser = saved.optimiser(self.plan.optimiser);
+        } else if path.exists() {
+            return Err(Error::file(
+                &path,
+                "a run was begun there; --resume goes on with it, or choose another folder",
+            ));
+        }
+        let mut metrics = Metrics::open(&folder, step)?;
+        while step < self.plan.steps {
+            if stop.load(Ordering::Relaxed) {
+                self.save(&path, step, &settings, &optimiser)?;
+                return Ok(Outcome::Interrupted(step));
+            }
+            let values = self.step(step, &mut optimiser)?;
+            step += 1;
+            metrics.add(step, &values)?;
+            report(step, &metrics);
+            if step % self.plan.save_every == 0 {
+                self.save(&path, step, &settings, &optimiser)?;
+            }
+        }
+        self.save(&path, step, &settings, &optimiser)?;
+        self.save_curves(&metrics, &folder)?;
+        Ok(Outcome::Finished)
+    }
+
+    fn save(&self, path: &Path, step: u64, settings: &Value, optimiser: &AdamW) -> Result<()> {
+        state::save(path, step, settings, self.model.parameters(), optimiser)?;
+        let mut training = settings.clone();
+        training["step"] = step.into();
+        self.model.save(&self.plan.folder.join(Self::WEIGHTS), &training)
+    }
+
+    fn save_curves(&self, metrics: &Metrics, folder: &Path) -> Result<()> {
+        metrics.plot(&folder.join("curves.png"), &PLOTTED)
+    }
+
+    /// One step of the optimiser.
+    fn step(&mut self, step: u64, optimiser: &mut AdamW) -> Result<BTreeMap<String, f64>> {
+        let started = Instant::now();
+        let Plan { accumulate, .. } = self.plan;
+        let (mut sums, mut values) = (BTreeMap::<String, Tensor>::new(), BTreeMap::<String, f64>::new());
+        let device = self.model.discriminator().unet().device().clone();
+        for part in 0..accumulate {
+            let batch = self.batcher.batch(step * accumulate + part, self.encoder, &device)?;
+            let (losses, gradients) = self.objective.evaluate(self.model, &batch)?;
+            for (name, loss) in losses {
+                *values.entry(name.to_owned()).or_default() += loss / accumulate as f64;
+            }
+            for (name, gradient) in gradients {
+                let gradient = (gradient.detach() / accumulate as f64)?;
+                let sum = match sums.remove(&name) {
+                    None => gradient,
+                    Some(before) => (before + gradient)?,
+                };
+                sums.insert(name, sum);
+            }
+        }
+        let norm = clip_norm(&mut sums, self.plan.clip)?;
+        if !norm.is_finite() {
+            let message = format!("step {}: the gradients hold NaN or infinity; nothing was changed", step + 1);
+            return Err(Error::Request(message));
+        }
+        let rate = self.plan.learning_rate.at(step, self.plan.steps);
+        optimiser.step(self.model.parameters(), &sums, rate)?;
+        self.model.refresh()?;
+        values.insert("gradient_norm".into(), norm);
+        values.insert("learning_rate".into(), rate);
+        values.insert(
+            "tau".into(),
+            f64::from((-self.model.discriminator().adapter().logit_scale().to_scalar::<f32>()?).exp()),
+        );
+        values.insert("seconds".into(), started.elapsed().as_secs_f64());
+        Ok(values)
+    }
+}

@@ -1,0 +1,218 @@
+//! What `weights probe` and `weights tune` have in common: their flags, and how a run is put together.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{DType, Device};
+use clap::Args;
+use diffusion::Pipeline;
+use dpt_plugin::loss::{GroundingLoss, PresenceLoss};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use weights::data::{Encoder, Manifest, ShapesSource, Source};
+use weights::train::{
+    AdamWSettings, Batcher, Contrast, Decay, LearningRate, LossWeights, Model, Objective, Outcome, Plan, Trainer,
+};
+use weights::world::Split;
+use weights::{Error, Result};
+
+/// Flags of both stages.
+#[derive(Args, Clone)]
+pub(crate) struct Training {
+    /// The base model: a folder in the diffusers layout, or a single file [default: the shipped weights/shapes]
+    #[arg(long, value_name = "DIR|FILE")]
+    pub(crate) model: Option<PathBuf>,
+    /// What to train on: `shapes`, or a folder with pictures and a manifest.jsonl
+    #[arg(long, default_value = "shapes", value_name = "shapes|DIR")]
+    data: String,
+    /// Scenes of the shapes world
+    #[arg(long, default_value_t = 4096)]
+    examples: usize,
+    /// Keep latents in this folder, for later runs
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Where weights, state, metrics and curves go
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Go on with the run in that folder
+    #[arg(long)]
+    resume: bool,
+    /// Steps of the optimiser [default: the paper's for Stable Diffusion's sizes, fewer for smaller models]
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Items of a batch
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Batches whose gradients are averaged for a step
+    #[arg(long, default_value_t = 1)]
+    accumulate: u64,
+    /// Highest learning rate
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Steps over which the learning rate rises
+    #[arg(long, default_value_t = 0)]
+    warmup: u64,
+    /// What becomes of the learning rate then
+    #[arg(long, value_enum)]
+    decay: Option<Decay>,
+    /// Share of a parameter that is taken away at each step, times the learning rate
+    #[arg(long, default_value_t = AdamWSettings::DEFAULT.weight_decay)]
+    weight_decay: f64,
+    /// Bound on the norm of the gradients
+    #[arg(long, default_value_t = 1.)]
+    clip: f64,
+    /// Whom pictures and captions are held against
+    #[arg(long, value_enum, default_value = "triplets")]
+    contrast: Contrast,
+    /// Weight of the matching loss
+    #[arg(long, default_value_t = 1.)]
+    matching: f64,
+    /// Weight of the grounding loss
+    #[arg(long, default_value_t = 1.)]
+    grounding: f64,
+    /// Teach the grounding probability by Eq. 7 alone, as in the paper, and not by cross-entropy
+    #[arg(long)]
+    paper_presence: bool,
+    /// Save after every so many steps
+    #[arg(long, default_value_t = 200)]
+    save_every: u64,
+    /// Another seed, other scenes, noise and order
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+/// What a stage's paper sizes are, and those for smaller models.
+pub(crate) struct StageDefaults {
+    pub(crate) steps: [u64; 2],
+    pub(crate) batch: [usize; 2],
+    pub(crate) lr: [f64; 2],
+    pub(crate) decay: [Decay; 2],
+}
+
+/// A loaded base model and what it is trained on.
+pub(crate) struct Prepared {
+    pub(crate) pipeline: Pipeline,
+    pub(crate) model_path: PathBuf,
+    pub(crate) device: Device,
+    pub(crate) source: Box<dyn Source>,
+}
+
+impl Training {
+    pub(crate) fn prepare(&self) -> Result<Prepared> {
+        let device = diffusion::device(&self.device)?;
+        let model_path = model_or_shipped(self.model.as_deref())?;
+        let pipeline = Pipeline::load(&model_path, DType::F32, &device)?;
+        let source: Box<dyn Source> = match self.data.as_str() {
+            "shapes" => Box::new(ShapesSource { seed: self.seed, split: Some(Split::Train), len: self.examples }),
+            folder => Box::new(Manifest::open(Path::new(folder))?),
+        };
+        Ok(Prepared { pipeline, model_path, device, source })
+    }
+
+    /// Trains and says how it ended. `settings` is what the stage adds.
+    pub(crate) fn train(
+        &self,
+        stage: &str,
+        defaults: StageDefaults,
+        denoising: f64,
+        prepared: Prepared,
+        make: impl FnOnce(diffusion::UNet, &diffusion::scheduler::SchedulerConfig) -> Result<(Model, Value)>,
+    ) -> Result<()> {
+        let Prepared { pipeline, model_path, device, source } = prepared;
+        let size = usize::from(is_small(&pipeline));
+        let steps = self.steps.unwrap_or(defaults.steps[size]);
+        let batch = self.batch.unwrap_or(defaults.batch[size]);
+        let learning_rate = LearningRate {
+            peak: self.lr.unwrap_or(defaults.lr[size]),
+            warmup: self.warmup,
+            decay: self.decay.unwrap_or(defaults.decay[size]),
+        };
+        if self.accumulate == 0 || self.save_every == 0 {
+            return Err(Error::Request("--accumulate and --save-every start at 1".into()));
+        }
+        let Pipeline { text, unet, vae, scheduler } = pipeline;
+        let side = unet.config().sample_size.unwrap_or(64) * vae.config().latent_scale();
+        let side =
+            u32::try_from(side).map_err(|_| Error::Request(format!("pictures of {side} pixels are too large")))?;
+        let name = model_path.display().to_string();
+        let mut encoder = Encoder::new(text, vae, (side, side), &device, self.cache.clone(), &name)?;
+        let (mut model, added) = make(unet, &scheduler)?;
+        let presence = if self.paper_presence { PresenceLoss::Paper } else { PresenceLoss::CrossEntropy };
+        let objective = Objective {
+            weights: LossWeights { matching: self.matching, grounding: self.grounding, denoising },
+            contrast: self.contrast,
+            grounding: GroundingLoss { presence, ..GroundingLoss::DEFAULT },
+        };
+        let mut settings = json!({
+            "stage": stage,
+            "model": name,
+            "data": source.describe(),
+            "batch": batch,
+            "contrast": format!("{:?}", self.contrast).to_lowercase(),
+            "losses": {"matching": self.matching, "grounding": self.grounding, "denoising": denoising},
+            "presence": format!("{presence:?}").to_lowercase(),
+            "seed": self.seed,
+        });
+        settings.as_object_mut().expect("made above").extend(added.as_object().cloned().unwrap_or_default());
+        let plan = Plan {
+            folder: self.out.clone(),
+            steps,
+            accumulate: self.accumulate,
+            optimiser: AdamWSettings { weight_decay: self.weight_decay, ..AdamWSettings::DEFAULT },
+            learning_rate,
+            clip: self.clip,
+            save_every: self.save_every,
+            settings,
+        };
+        let batcher = Batcher::new(source.as_ref(), self.seed, batch, model.discriminator().timesteps())?;
+        let mut trainer = Trainer { model: &mut model, objective, batcher, encoder: &mut encoder, plan };
+        let template = "{bar:32} {pos}/{len} {msg}, {elapsed} of {duration}";
+        let bar = ProgressBar::new(steps).with_style(ProgressStyle::with_template(template).expect("valid"));
+        let stop = on_interrupt()?;
+        let outcome = trainer.run(self.resume, &stop, &mut |step, metrics| {
+            bar.set_position(step);
+            let mean = |name: &str| metrics.recent(name, 20);
+            let shown = ["loss", "text_to_image", "image_to_text", "box_giou", "denoising"];
+            let shown = shown.iter().filter_map(|name| Some(format!("{name} {:.3}", mean(name)?)));
+            bar.set_message(shown.collect::<Vec<_>>().join(", "));
+        })?;
+        bar.finish_and_clear();
+        match outcome {
+            Outcome::Finished => println!("{}", self.out.join(Trainer::WEIGHTS).display()),
+            Outcome::Interrupted(step) => {
+                println!("stopped and saved after {step} of {steps} steps; --resume goes on");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Smaller than Stable Diffusion: text of less than 768 channels.
+pub(crate) fn is_small(pipeline: &Pipeline) -> bool {
+    pipeline.unet.config().cross_attention_dim < 768
+}
+
+pub(crate) fn model_or_shipped(model: Option<&Path>) -> Result<PathBuf> {
+    match model {
+        Some(path) => Ok(path.to_owned()),
+        None => Ok(host_demo::default_model()?),
+    }
+}
+
+/// Set by the first interrupt; the second ends the program.
+fn on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = stop.clone();
+    ctrlc::set_handler(move || {
+        if set.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this step; once more to stop at once");
+    })
+    .map_err(|e| Error::Request(format!("cannot listen for interrupts: {e}")))?;
+    Ok(stop)
+}

@@ -1,0 +1,74 @@
+//! `weights tune`: the second stage, adapter, heads and low-rank changes of the U-Net's attention, with the denoising loss.
+
+use std::path::PathBuf;
+
+use candle_core::DType;
+use clap::Args;
+use diffusion::Checkpoint;
+use diffusion::lora::LoraFile;
+use dpt_plugin::{AdapterSizes, SizeHints};
+use serde_json::json;
+use weights::train::{Decay, LoraLayers, Model, untrained_lora};
+use weights::world::Random;
+use weights::{Error, Result};
+
+use crate::training::{StageDefaults, Training};
+
+#[derive(Args)]
+pub(crate) struct Tune {
+    #[command(flatten)]
+    training: Training,
+    /// The adapter of the first stage; LoRA in the file is trained on
+    #[arg(long, value_name = "FILE")]
+    adapter: PathBuf,
+    /// Rank of the low-rank changes
+    #[arg(long, default_value_t = 4)]
+    rank: usize,
+    /// Which attention gets them
+    #[arg(long, value_enum, default_value = "cross")]
+    layers: LoraLayers,
+    /// Weight of the denoising loss
+    #[arg(long, default_value_t = 1.)]
+    denoising: f64,
+    /// Name of the U-Net block that the adapter reads, where its file does not say
+    #[arg(long)]
+    tap: Option<String>,
+}
+
+impl Tune {
+    const DEFAULTS: StageDefaults =
+        StageDefaults { steps: [5_000, 600], batch: [8, 16], lr: [1e-4, 2e-4], decay: [Decay::Cosine, Decay::Cosine] };
+
+    pub(crate) fn run(&self) -> Result<()> {
+        if self.rank == 0 {
+            return Err(Error::Request("--rank starts at 1".into()));
+        }
+        let prepared = self.training.prepare()?;
+        let device = prepared.device.clone();
+        let file = Checkpoint::open(&self.adapter, DType::F32, &device)?;
+        let before = LoraFile::read(&file)?;
+        let hints = SizeHints { tap: self.tap.clone(), ..SizeHints::default() }.or(SizeHints::of_header(&file)?);
+        let sizes = AdapterSizes::infer(&file.root(), hints).map_err(|e| Error::file(&self.adapter, e))?;
+        let tensor = |name: String| -> Result<_> {
+            let shape = file.root().shape(&name).unwrap_or_default();
+            let tensor = file.root().tensor(&name, &shape)?;
+            Ok((name, tensor))
+        };
+        // The release's head for RoBERTa tokens is not trained.
+        let of_adapter = |name: &String| !name.starts_with("contrastive_align_projection_");
+        let adapter = file.unclaimed().into_iter().filter(of_adapter).map(tensor).collect::<Result<_>>()?;
+        let lora = match before.entries.is_empty() {
+            false => before.entries,
+            true => {
+                let mut random = Random::new(self.training.seed, u64::MAX - 1);
+                untrained_lora(&prepared.pipeline.unet, self.layers, self.rank, &mut random)?
+            }
+        };
+        self.training.train("tune", Self::DEFAULTS, self.denoising, prepared, |unet, scheduler| {
+            let rank = lora.first().map_or(Ok(0), |entry| entry.down.dim(0))?;
+            let layers = format!("{:?}", self.layers).to_lowercase();
+            let settings = json!({"tap": sizes.tap, "adapter": self.adapter, "rank": rank, "layers": layers});
+            Ok((Model::new(unet, sizes, adapter, lora, scheduler)?, settings))
+        })
+    }
+}
