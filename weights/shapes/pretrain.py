@@ -13,7 +13,7 @@ The scenes are drawn by the Rust program, whose world is the only definition: wh
 
     target/release/weights shapes SCENES --examples 20000 --seed SEED
 """
-import argparse, json, math, pathlib, platform, re, shutil, subprocess, time
+import argparse, json, math, pathlib, re, shutil, subprocess, time
 from dataclasses import dataclass
 
 import diffusers, numpy, torch, transformers
@@ -99,8 +99,7 @@ def optimise(name, parameters, step, run, *, steps, rate, after_step=lambda: Non
 
 def train_vae(scenes, run):
     vae = AutoencoderKL(
-        sample_size=64, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8,
-        mid_block_add_attention=False,
+        sample_size=64, block_out_channels=(32, 64, 64), norm_num_groups=8, mid_block_add_attention=False,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3).to(run.device)
 
     def step():
@@ -162,12 +161,9 @@ def train_text_encoder(scenes, run):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).to(run.device)
     image_encoder = ImageEncoder().to(run.device)
 
-    def definite(texts):
-        return [re.sub(r"\ban?\b", "the", text) for text in texts]
-
-    captions, hard_captions = tokenise(scenes.captions, run.device), tokenise(scenes.hard_captions, run.device)
-    the_captions = tokenise(definite(scenes.captions), run.device)
-    the_hard_captions = tokenise(definite(scenes.hard_captions), run.device)
+    captions, hard_captions = (tokenise(texts, run.device) for texts in (scenes.captions, scenes.hard_captions))
+    the_captions, the_hard_captions = (tokenise([re.sub(r"\ban?\b", "the", text) for text in texts], run.device)
+                                       for texts in (scenes.captions, scenes.hard_captions))
     meanings = torch.unique(captions, dim=0, return_inverse=True)[1]
 
     def step():
@@ -259,8 +255,7 @@ STAGES = dict(vae=train_vae, text_encoder=train_text_encoder, unet=train_unet)
 def open_record(path, settings):
     """The record of the run that OUT holds, or a new one."""
     if not path.exists():
-        versions = dict(python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__,
-                        transformers=transformers.__version__)
+        versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
         return dict(settings=settings, versions=versions, stages={})
     record = json.loads(path.read_text())
     if record["settings"] != settings:

@@ -1,4 +1,4 @@
-//! What `weights score`, `weights ground` and `weights eval` have in common: a model and an adapter, ready to judge.
+//! What `weights score`, `weights ground` and `weights eval discriminate` have in common: a model and an adapter, ready to judge.
 
 use std::path::PathBuf;
 

@@ -1,5 +1,6 @@
 use candle_core::{D, Tensor};
 
+use super::cpu;
 use super::norm::statistics_dtype;
 use crate::Result;
 
@@ -17,12 +18,18 @@ pub(crate) fn silu_vjp(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
 
 /// `value * gelu(gate)` of `[.., 2 n]` = `[value | gate]`, with the exact (erf) GELU.
 pub(crate) fn geglu(x: &Tensor) -> Result<Tensor> {
+    if let Some(y) = cpu::geglu(x)? {
+        return Ok(y);
+    }
     let (value, gate) = halves(x)?;
     Ok((value * gate.gelu_erf()?)?)
 }
 
 /// `gelu(g) = g Phi(g)`, so `d gelu / dg = Phi(g) + g phi(g)` with the normal distribution's `Phi` and density `phi`.
 pub(crate) fn geglu_vjp(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    if let Some(dx) = cpu::geglu_vjp(x, dy)? {
+        return Ok(dx);
+    }
     let wide = statistics_dtype(x.dtype());
     let (value, gate) = halves(&x.to_dtype(wide)?)?;
     let dy = dy.to_dtype(wide)?;

@@ -2,6 +2,7 @@ use std::sync::OnceLock;
 
 use candle_core::{D, Tensor};
 
+use super::cpu;
 use crate::{Result, Scope};
 
 /// A 3x3 convolution, padding 1, stride 1 or 2.
@@ -22,7 +23,11 @@ impl Conv2d {
 
     /// `[B, in, h, w]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.add_bias(x.contiguous()?.conv2d(&self.kernel, 1, self.stride, 1, 1)?)
+        let x = x.contiguous()?;
+        match cpu::conv3x3(&x, &self.kernel, Some(&self.bias), self.stride)? {
+            Some(y) => Ok(y),
+            None => self.add_bias(x.conv2d(&self.kernel, 1, self.stride, 1, 1)?),
+        }
     }
 
     /// Without the symmetric padding: the input is padded by one row below and one column to the right, as the VAE's
@@ -42,7 +47,10 @@ impl Conv2d {
         }
         let kernels = self.adjoint.get().expect("set above");
         match &kernels[..] {
-            [flipped] => Ok(dy.conv2d(flipped, 1, 1, 1, 1)?),
+            [flipped] => match cpu::conv3x3(&dy, flipped, None, 1)? {
+                Some(dx) => Ok(dx),
+                None => Ok(dy.conv2d(flipped, 1, 1, 1, 1)?),
+            },
             phases => strided_vjp(&dy, phases, height, width),
         }
     }

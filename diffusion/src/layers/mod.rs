@@ -8,6 +8,7 @@
 mod activation;
 mod attention;
 mod conv;
+mod cpu;
 mod embedding;
 #[cfg(test)]
 pub(crate) mod finite_difference;
@@ -15,6 +16,7 @@ mod linear;
 mod norm;
 mod resample;
 mod resnet;
+mod tokens;
 
 pub(crate) use activation::{geglu, geglu_vjp, silu};
 pub(crate) use attention::{attend, attend_vjp, merge_heads, split_heads};
@@ -25,3 +27,4 @@ pub(crate) use linear::Linear;
 pub(crate) use norm::{GroupNorm, LayerNorm, statistics_dtype};
 pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};
 pub(crate) use resnet::{ResnetBlock, ResnetSizes, ResnetTape};
+pub(crate) use tokens::{to_image, to_tokens};

@@ -1,6 +1,7 @@
 use candle_core::{DType, Tensor};
 
 use super::activation::{silu, silu_vjp};
+use super::cpu;
 use crate::{Result, Scope};
 
 /// Statistics of half-precision values are computed in f32, those of f32 and f64 in their own precision.
@@ -25,26 +26,42 @@ impl GroupNorm {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(y) = cpu::group_norm(x, self.parameters(), self.groups, false)? {
+            return Ok(y);
+        }
         let (normal, _) = self.normalize(x)?;
         Ok(self.affine(&normal, x)?.to_dtype(x.dtype())?)
     }
 
     /// `silu(norm(x))`.
     pub(crate) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(y) = cpu::group_norm(x, self.parameters(), self.groups, true)? {
+            return Ok(y);
+        }
         let (normal, _) = self.normalize(x)?;
         Ok(silu(&self.affine(&normal, x)?)?.to_dtype(x.dtype())?)
     }
 
     pub(crate) fn vjp(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        if let Some(dx) = cpu::group_norm_vjp(x, dy, self.parameters(), self.groups, false)? {
+            return Ok(dx);
+        }
         let (normal, inverse_deviation) = self.normalize(x)?;
         self.vjp_of_affine(x, &normal, &inverse_deviation, &dy.to_dtype(normal.dtype())?)
     }
 
     /// The vjp of [`Self::forward_silu`].
     pub(crate) fn vjp_silu(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        if let Some(dx) = cpu::group_norm_vjp(x, dy, self.parameters(), self.groups, true)? {
+            return Ok(dx);
+        }
         let (normal, inverse_deviation) = self.normalize(x)?;
         let d = silu_vjp(&self.affine(&normal, x)?, &dy.to_dtype(normal.dtype())?)?;
         self.vjp_of_affine(x, &normal, &inverse_deviation, &d)
+    }
+
+    fn parameters(&self) -> cpu::Affine<'_> {
+        cpu::Affine { weight: &self.weight, bias: &self.bias, eps: self.eps }
     }
 
     /// Normalised values `[B * groups, n]` and inverse deviations `[B * groups, 1]`.
@@ -79,6 +96,9 @@ impl LayerNorm {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(y) = cpu::layer_norm(x, self.parameters())? {
+            return Ok(y);
+        }
         let (normal, _) = self.normalize(x)?;
         let y = normal
             .broadcast_mul(&self.weight.to_dtype(normal.dtype())?)?
@@ -87,10 +107,17 @@ impl LayerNorm {
     }
 
     pub(crate) fn vjp(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters())? {
+            return Ok(dx);
+        }
         let (normal, inverse_deviation) = self.normalize(x)?;
         let weight = self.weight.to_dtype(normal.dtype())?;
         let d = dy.to_dtype(normal.dtype())?.reshape(normal.shape())?.broadcast_mul(&weight)?;
         Ok(normalize_vjp(&normal, &inverse_deviation, &d)?.reshape(x.shape())?.to_dtype(x.dtype())?)
+    }
+
+    fn parameters(&self) -> cpu::Affine<'_> {
+        cpu::Affine { weight: &self.weight, bias: &self.bias, eps: self.eps }
     }
 
     fn normalize(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {

@@ -4,7 +4,7 @@ use super::attention::{Attention, AttentionTape, Inputs};
 use super::config::UNetConfig;
 use super::lora_gradients::LoraGradients;
 use super::text::{TextKeys, TextSlot};
-use crate::layers::{GroupNorm, LayerNorm, Linear, geglu, geglu_vjp};
+use crate::layers::{GroupNorm, LayerNorm, Linear, geglu, geglu_vjp, to_image, to_tokens};
 use crate::{Result, Scope};
 
 /// Group norm, projection to tokens, transformer blocks, projection back, residual: diffusers' `Transformer2DModel`.
@@ -69,16 +69,6 @@ impl Transformer {
     pub(super) fn attentions_mut(&mut self) -> impl Iterator<Item = &mut Attention> {
         self.blocks.iter_mut().flat_map(|block| [&mut block.attn1, &mut block.attn2])
     }
-}
-
-/// `[B, C, h, w]` to `[B, h w, C]`.
-fn to_tokens(x: &Tensor) -> Result<Tensor> {
-    Ok(x.flatten_from(2)?.transpose(1, 2)?.contiguous()?)
-}
-
-/// `[B, h w, C]` to the shape of `like`.
-fn to_image(x: &Tensor, like: &Tensor) -> Result<Tensor> {
-    Ok(x.transpose(1, 2)?.contiguous()?.reshape(like.shape())?)
 }
 
 /// Self-attention, cross-attention and a GEGLU feed-forward, each after a layer norm and with a residual.

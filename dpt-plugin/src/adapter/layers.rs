@@ -47,9 +47,9 @@ impl LayerNorm {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let rows = x.contiguous()?.reshape(((), x.dim(D::Minus1)?))?;
         let centred = rows.broadcast_sub(&rows.mean_keepdim(1)?)?;
-        let deviation = (centred.sqr()?.mean_keepdim(1)? + Self::EPS)?.sqrt()?;
+        let inverse = (centred.sqr()?.mean_keepdim(1)? + Self::EPS)?.sqrt()?.recip()?;
         let count = rows.dim(0)?;
-        let scaled = (centred.broadcast_div(&deviation)? * in_every_row(&self.weight, count)?)?;
+        let scaled = (centred.broadcast_mul(&inverse)? * in_every_row(&self.weight, count)?)?;
         Ok((scaled + in_every_row(&self.bias, count)?)?.reshape(x.shape())?)
     }
 }

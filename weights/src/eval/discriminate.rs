@@ -1,4 +1,4 @@
-//! `weights eval`: how well an adapter discriminates.
+//! `weights eval discriminate`: how well an adapter discriminates.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use crate::judge::{Bench, Judge};
 
 /// Measures matching against hard negatives, and boxes.
 #[derive(Args)]
-pub(crate) struct Eval {
+pub(crate) struct Discriminate {
     /// What to evaluate on: `shapes`, or a folder with pictures and a manifest.jsonl
     #[arg(long, default_value = "shapes", value_name = "shapes|DIR")]
     data: String,
@@ -40,7 +40,7 @@ pub(crate) struct Eval {
     judge: Judge,
 }
 
-impl Eval {
+impl Discriminate {
     pub(crate) fn run(&self) -> Result<()> {
         if let Some(path) = &self.json {
             host_demo::check_output(path)?;

@@ -1,0 +1,127 @@
+use candle_core::Tensor;
+use gemm::{Parallelism, gemm};
+use rayon::prelude::*;
+
+use super::{Values, tensor};
+use crate::Result;
+
+/// Values of the matrix of neighbourhoods that a task makes at a time: what stays in a core's second-level cache.
+const BLOCK: usize = 1 << 17;
+
+/// A 3x3 convolution, padding 1, stride 1 or 2, with its bias: `[B, in, h, w]` and `[out, in, 3, 3]` to
+/// `[B, out, ceil(h / stride), ceil(w / stride)]`. `None` where the tensors are not contiguous f32 in main memory.
+///
+/// Each task takes some output rows of one picture: the neighbourhoods of their pixels become a matrix `[9 in, pixels]`, and
+/// the kernel's product with it lies in the output as it is. Nothing is laid out anew for the whole batch.
+pub(in crate::layers) fn conv3x3(
+    x: &Tensor,
+    kernel: &Tensor,
+    bias: Option<&Tensor>,
+    stride: usize,
+) -> Result<Option<Tensor>> {
+    let (batch, inputs, height, width) = x.dims4()?;
+    let outputs = kernel.dim(0)?;
+    let (Some(xs), Some(weights)) = (Values::of(x), Values::of(kernel)) else { return Ok(None) };
+    let biases = match bias.map(Values::of) {
+        Some(None) => return Ok(None),
+        biases => biases.flatten(),
+    };
+    let (rows, columns) = (height.div_ceil(stride), width.div_ceil(stride));
+    let mut y = vec![0f32; batch * outputs * rows * columns];
+    let block_rows = (BLOCK / (9 * inputs * columns)).clamp(1, rows);
+    let blocks = rows.div_ceil(block_rows);
+    let shared = Shared(y.as_mut_ptr());
+    let (xs, weights, biases) = (&*xs, &*weights, biases.as_deref());
+    (0..batch * blocks).into_par_iter().for_each_init(Vec::new, |patches: &mut Vec<f32>, task| {
+        let (item, first) = (task / blocks, task % blocks * block_rows);
+        let count = block_rows.min(rows - first);
+        let pixels = count * columns;
+        patches.clear();
+        patches.resize(9 * inputs * pixels, 0.);
+        let image = &xs[item * inputs * height * width..][..inputs * height * width];
+        let geometry = Geometry { height, width, columns, stride };
+        neighbourhoods(image, geometry, first..first + count, patches);
+        let plane = rows * columns;
+        for output in 0..outputs {
+            let start = (item * outputs + output) * plane + first * columns;
+            // SAFETY: tasks write the pixels of their own item and rows, which no other task touches; `y` outlives the loop.
+            let row = unsafe { std::slice::from_raw_parts_mut(shared.at(start), pixels) };
+            row.fill(biases.map_or(0., |biases| biases[output]));
+        }
+        let start = item * outputs * plane + first * columns;
+        let depth = 9 * inputs;
+        // SAFETY: the output's rows are `plane` apart and `pixels` long, within this task's part of `y`; the kernel is
+        // `[outputs, depth]` and the patches `[depth, pixels]`, both row-major and of that length.
+        unsafe {
+            gemm(
+                outputs,
+                pixels,
+                depth,
+                shared.at(start),
+                1,
+                plane as isize,
+                true,
+                weights.as_ptr(),
+                1,
+                depth as isize,
+                patches.as_ptr(),
+                1,
+                pixels as isize,
+                1.,
+                1.,
+                false,
+                false,
+                false,
+                Parallelism::None,
+            );
+        }
+    });
+    tensor(y, (batch, outputs, rows, columns)).map(Some)
+}
+
+#[derive(Clone, Copy)]
+struct Geometry {
+    height: usize,
+    width: usize,
+    /// Of the output.
+    columns: usize,
+    stride: usize,
+}
+
+/// Row `9 c + 3 u + v` of the result holds, for each output pixel `(i, j)` of `rows`, the pixel
+/// `(stride i + u - 1, stride j + v - 1)` of channel c; zeros outside stay.
+fn neighbourhoods(image: &[f32], geometry: Geometry, rows: std::ops::Range<usize>, patches: &mut [f32]) {
+    let Geometry { height, width, columns, stride } = geometry;
+    let pixels = rows.len() * columns;
+    for (index, patch) in patches.chunks_mut(pixels).enumerate() {
+        let (channel, u, v) = (index / 9, index / 3 % 3, index % 3);
+        let channel = &image[channel * height * width..][..height * width];
+        for (i, line) in rows.clone().zip(patch.chunks_mut(columns)) {
+            let Some(source) = (stride * i + u).checked_sub(1).filter(|row| *row < height) else { continue };
+            let source = &channel[source * width..][..width];
+            if stride == 1 {
+                // Output column j sees input column j + v - 1.
+                let (from, to) = (usize::from(v == 0), columns - usize::from(v == 2));
+                line[from..to].copy_from_slice(&source[from + v - 1..to + v - 1]);
+            } else {
+                for (j, value) in line.iter_mut().enumerate() {
+                    if let Some(pixel) = (stride * j + v).checked_sub(1).and_then(|column| source.get(column)) {
+                        *value = *pixel;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A pointer that tasks share to write disjoint parts.
+struct Shared(*mut f32);
+
+impl Shared {
+    fn at(&self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+// SAFETY: whoever writes through it sees to it that parts are disjoint.
+unsafe impl Sync for Shared {}

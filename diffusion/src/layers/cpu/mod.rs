@@ -1,0 +1,154 @@
+//! Layers in f32 on the CPU, each in one pass over memory. The formulas of tensor operations beside which they stand are the
+//! reference: they serve other dtypes and devices, and the tests hold these against them.
+
+mod conv;
+mod exp;
+mod geglu;
+mod norm;
+mod transpose;
+
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
+
+pub(super) use conv::conv3x3;
+pub(super) use geglu::{geglu, geglu_vjp};
+pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
+pub(super) use transpose::transpose_last;
+
+use crate::Result;
+
+/// The values of a contiguous f32 tensor in main memory.
+pub(super) struct Values<'a> {
+    /// candle's read guard, whose type it keeps to itself.
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    range: (usize, usize),
+}
+
+impl<'a> Values<'a> {
+    /// `None` for any other tensor.
+    pub(super) fn of(tensor: &'a Tensor) -> Option<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let range = layout.contiguous_offsets()?;
+        matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))).then(|| Self { storage: Box::new(storage), range })
+    }
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.0..self.range.1],
+            _ => unreachable!("checked when it was made"),
+        }
+    }
+}
+
+fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Ok(Tensor::from_vec(values, shape.into(), &Device::Cpu)?)
+}
+
+/// Values below which a piece of work is not worth another thread.
+const LEAST: usize = 1 << 14;
+
+/// Every kernel against the formula of tensor operations, which f64 goes by.
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use crate::layers::finite_difference::{assert_values, numbers, values, weights};
+    use crate::layers::{Conv2d, GroupNorm, LayerNorm, geglu, geglu_vjp};
+    use crate::{Checkpoint, Result};
+
+    use super::*;
+
+    const TOLERANCE: f64 = 2e-6;
+
+    fn single(tensor: &Tensor) -> Tensor {
+        tensor.to_dtype(DType::F32).unwrap()
+    }
+
+    /// The same weights in both precisions.
+    fn both(shapes: &[(&str, &[usize])]) -> (Checkpoint, Checkpoint) {
+        let wide = weights(shapes);
+        let tensors = shapes.iter().map(|(name, shape)| (name.to_string(), wide.root().tensor(name, shape).unwrap()));
+        let narrow = Checkpoint::from_tensors(wide.path(), tensors.collect(), DType::F32, &Device::Cpu);
+        (wide, narrow)
+    }
+
+    #[track_caller]
+    fn same(what: &str, narrow: Result<Tensor>, wide: Result<Tensor>) {
+        let (narrow, wide) = (narrow.unwrap(), wide.unwrap());
+        assert_eq!((narrow.dtype(), narrow.dims()), (DType::F32, wide.dims()), "{what}");
+        assert_values(&narrow, &numbers(&wide), TOLERANCE);
+    }
+
+    /// Odd and even sizes, single pixels, one channel and many, and more rows than one task takes.
+    #[test]
+    fn convolutions() {
+        let sizes = [(3, 4, 5, 6), (1, 5, 1, 1), (4, 2, 1, 7), (2, 3, 8, 2), (40, 3, 70, 33), (64, 16, 9, 9)];
+        for (inputs, outputs, h, w) in sizes {
+            let (wide, narrow) = both(&[("weight", &[outputs, inputs, 3, 3]), ("bias", &[outputs])]);
+            let (x, dy) = (values(0, (2, inputs, h, w)), values(1, (2, outputs, h, w)));
+            for stride in [1, 2] {
+                let load = |file: &Checkpoint| Conv2d::load(&file.root(), inputs, outputs, stride).unwrap();
+                let (wide, narrow) = (load(&wide), load(&narrow));
+                let what = format!("{inputs} to {outputs} at {h}x{w}, stride {stride}");
+                same(&what, narrow.forward(&single(&x)), wide.forward(&x));
+                if stride == 1 {
+                    same(&what, narrow.vjp(&single(&dy), (h, w)), wide.vjp(&dy, (h, w)));
+                }
+            }
+        }
+    }
+
+    /// Rows shorter and longer than the blocks that sums go by, and far from zero.
+    #[test]
+    fn norms() {
+        for (channels, groups, h, w) in [(4, 2, 1, 3), (6, 3, 5, 7), (64, 8, 16, 16), (4, 1, 40, 33)] {
+            let (wide, narrow) = both(&[("weight", &[channels]), ("bias", &[channels])]);
+            let load = |file: &Checkpoint| GroupNorm::load(&file.root(), channels, groups, 1e-5).unwrap();
+            let (wide, narrow) = (load(&wide), load(&narrow));
+            let x = (values(0, (3, channels, h, w)) + 5.).unwrap();
+            let (dy, what) = (values(1, x.shape()), format!("{channels} in {groups} at {h}x{w}"));
+            let (x32, dy32) = (single(&x), single(&dy));
+            same(&what, narrow.forward(&x32), wide.forward(&x));
+            same(&what, narrow.forward_silu(&x32), wide.forward_silu(&x));
+            same(&what, narrow.vjp(&x32, &dy32), wide.vjp(&x, &dy));
+            same(&what, narrow.vjp_silu(&x32, &dy32), wide.vjp_silu(&x, &dy));
+        }
+        for width in [1, 6, 33, 1300] {
+            let (wide, narrow) = both(&[("weight", &[width]), ("bias", &[width])]);
+            let load = |file: &Checkpoint| LayerNorm::load(&file.root(), width, 1e-5).unwrap();
+            let (wide, narrow) = (load(&wide), load(&narrow));
+            let x = (values(0, (2, 5, width)) + 2.).unwrap();
+            let (dy, what) = (values(1, x.shape()), format!("layer norm of {width}"));
+            same(&what, narrow.forward(&single(&x)), wide.forward(&x));
+            if width > 1 {
+                same(&what, narrow.vjp(&single(&x), &single(&dy)), wide.vjp(&x, &dy));
+            }
+        }
+    }
+
+    #[test]
+    fn gated_feed_forward() {
+        for width in [1, 7, 160] {
+            let (x, dy) = ((values(0, (2, 5, 2 * width)) * 3.).unwrap(), values(1, (2, 5, width)));
+            same("geglu", geglu(&single(&x)), geglu(&x));
+            same("its gradient", geglu_vjp(&single(&x), &single(&dy)), geglu_vjp(&x, &dy));
+        }
+    }
+
+    /// What is not contiguous f32 in main memory goes the other way.
+    #[test]
+    fn other_tensors_are_left_to_the_formulas() {
+        let x = values(0, (2, 3, 4));
+        assert!(Values::of(&x).is_none());
+        let x = single(&x);
+        assert_eq!(Values::of(&x).unwrap().len(), 24);
+        assert!(Values::of(&x.t().unwrap()).is_none());
+        let row = x.get(1).unwrap();
+        assert_eq!(&*Values::of(&row).unwrap(), row.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+    }
+}

@@ -1,0 +1,43 @@
+use candle_core::Tensor;
+
+use super::cpu;
+use crate::Result;
+
+/// `[B, C, h, w]` to `[B, h w, C]`.
+pub(crate) fn to_tokens(x: &Tensor) -> Result<Tensor> {
+    let channels = x.flatten_from(2)?;
+    match cpu::transpose_last(&channels)? {
+        Some(tokens) => Ok(tokens),
+        None => Ok(channels.transpose(1, 2)?.contiguous()?),
+    }
+}
+
+/// `[B, h w, C]` to the shape of `like`.
+pub(crate) fn to_image(x: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let channels = match cpu::transpose_last(x)? {
+        Some(channels) => channels,
+        None => x.transpose(1, 2)?.contiguous()?,
+    };
+    Ok(channels.reshape(like.shape())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::layers::finite_difference::{numbers, values};
+
+    /// Sizes around the squares that the transposition goes by.
+    #[test]
+    fn there_and_back_in_either_precision() {
+        for (c, h, w) in [(1, 1, 1), (3, 5, 7), (32, 8, 8), (70, 3, 31)] {
+            let x = values(0, (2, c, h, w));
+            let single = x.to_dtype(DType::F32).unwrap();
+            let (wide, tokens) = (to_tokens(&x).unwrap(), to_tokens(&single).unwrap());
+            assert_eq!(tokens.dims(), [2, h * w, c]);
+            assert_eq!(numbers(&tokens), numbers(&wide.to_dtype(DType::F32).unwrap()));
+            assert_eq!(numbers(&to_image(&tokens, &single).unwrap()), numbers(&single));
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! `weights eval generate`: how well generated pictures fit their captions.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use host_demo::{Curve, Figure};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use weights::Result;
+use weights::evaluate::{Alignment, Sampling, Share, Variant, generative, wilson};
+use weights::world::{Category, Split};
+
+use crate::training::model_or_shipped;
+
+/// Samples captions of the shapes world and asks its oracle. Needs a model that draws 64x64.
+#[derive(Args)]
+pub(crate) struct Generate {
+    /// The base model [default: the shipped weights/shapes]
+    #[arg(long, value_name = "DIR|FILE")]
+    model: Option<PathBuf>,
+    /// An adapter to correct with, its LoRA merged; may be given several times
+    #[arg(long, value_name = "FILE")]
+    adapter: Vec<PathBuf>,
+    /// Strengths of the correction; 0 measures an adapter's LoRA alone
+    #[arg(long, value_name = "F,F,..", value_delimiter = ',', default_values_t = [0., 0.5, 4.])]
+    eta: Vec<f64>,
+    /// LoRA to sample with and no correction, such as a control's; may be given several times
+    #[arg(long, value_name = "FILE")]
+    lora: Vec<PathBuf>,
+    /// Captions of each split
+    #[arg(long, default_value_t = 128)]
+    captions: usize,
+    /// Pictures of each caption
+    #[arg(long, default_value_t = 1)]
+    seeds: usize,
+    /// Only this split
+    #[arg(long, value_enum)]
+    split: Option<Split>,
+    /// Steps of DDIM
+    #[arg(long, default_value_t = 25)]
+    steps: usize,
+    /// Classifier-free guidance
+    #[arg(long, default_value_t = 4.)]
+    guidance: f64,
+    /// Pictures that are sampled together
+    #[arg(long, default_value_t = 32, value_parser = at_least_one)]
+    batch: usize,
+    /// Another seed, other captions and noise
+    #[arg(long, default_value_t = 2_000_000)]
+    seed: u64,
+    /// Write the numbers as JSON
+    #[arg(long, value_name = "FILE.json")]
+    json: Option<PathBuf>,
+    /// Draw alignment over eta
+    #[arg(long, value_name = "FILE.png")]
+    plot: Option<PathBuf>,
+}
+
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a number from 1".into()),
+        Ok(number) => Ok(number),
+    }
+}
+
+impl Generate {
+    pub(crate) fn run(&self) -> Result<()> {
+        self.json.iter().chain(&self.plot).try_for_each(|path| host_demo::check_output(path))?;
+        let model = model_or_shipped(self.model.as_deref())?;
+        let sampling = Sampling {
+            steps: self.steps,
+            guidance: self.guidance,
+            captions: self.captions,
+            seeds: self.seeds,
+            seed: self.seed,
+            batch: self.batch,
+        };
+        let variants = self.variants();
+        let splits = self.split.map_or(vec![Split::Train, Split::HeldOut], |split| vec![split]);
+        let (mut records, mut points) = (Vec::new(), Vec::new());
+        for split in splits {
+            println!("| {split} | one | binding | spatial | count | all | Frechet |\n|---|---|---|---|---|---|---|");
+            for variant in &variants {
+                let template = "{msg} {bar:32} {pos}/{len} pictures, {elapsed} of {duration}";
+                let style = ProgressStyle::with_template(template).expect("the template is valid");
+                let bar = ProgressBar::new((self.captions * self.seeds) as u64).with_style(style);
+                bar.set_message(format!("{split}, {}", variant.label));
+                let step = &mut |done: usize| bar.set_position(done as u64);
+                let found = generative(&model, variant, split, sampling, step)?;
+                bar.finish_and_clear();
+                println!("{}", row(&variant.label, &found));
+                points.push((split, variant.clone(), found.clone()));
+                records.push(json!({
+                    "split": split.to_string(),
+                    "variant": variant.label,
+                    "adapter": variant.adapter,
+                    "lora": variant.lora,
+                    "eta": variant.eta,
+                    "alignment": found,
+                }));
+            }
+        }
+        if let Some(path) = &self.json {
+            let all = json!({
+                "model": model,
+                "steps": self.steps,
+                "guidance": self.guidance,
+                "captions": self.captions,
+                "seeds": self.seeds,
+                "seed": self.seed,
+                "results": Value::from(records),
+            });
+            host_demo::write_whole(path, serde_json::to_string_pretty(&all).expect("plain data").as_bytes())?;
+        }
+        if let Some(path) = &self.plot {
+            self.figure(&points).draw()?.save_png(path, &[])?;
+        }
+        Ok(())
+    }
+
+    /// The base model, every LoRA alone, and every adapter at every eta.
+    fn variants(&self) -> Vec<Variant> {
+        let base = Variant { label: "base".into(), adapter: None, eta: 0., lora: None };
+        let name = |path: &PathBuf| {
+            let mut parts: Vec<_> = path.iter().rev().take(2).map(|part| part.to_string_lossy()).collect();
+            parts.reverse();
+            parts.join("/")
+        };
+        let alone =
+            self.lora.iter().map(|path| Variant { label: name(path), lora: Some(path.clone()), ..base.clone() });
+        let corrected = self.adapter.iter().flat_map(|path| {
+            self.eta.iter().map(|eta| Variant {
+                label: format!("{}, eta {eta}", name(path)),
+                adapter: Some(path.clone()),
+                eta: *eta,
+                lora: None,
+            })
+        });
+        [base.clone()].into_iter().chain(alone).chain(corrected).collect()
+    }
+
+    fn figure(&self, points: &[(Split, Variant, Alignment)]) -> Figure {
+        let mut curves = Vec::new();
+        for (split, adapter) in
+            [Split::Train, Split::HeldOut].iter().flat_map(|s| self.adapter.iter().map(move |a| (s, a)))
+        {
+            let of_curve = points.iter().filter(|(s, v, _)| s == split && v.adapter.as_ref() == Some(adapter));
+            let points: Vec<_> = of_curve.map(|(_, v, found)| (v.eta, percent(found.all))).collect();
+            if !points.is_empty() {
+                curves.push(Curve { label: format!("{}, {split}", adapter.display()), points });
+            }
+        }
+        Figure { columns: Vec::new(), rows: Vec::new(), curves, axes: ("eta".into(), "aligned, %".into()) }
+    }
+}
+
+fn percent(share: Share) -> f64 {
+    100. * share.hits as f64 / share.trials.max(1) as f64
+}
+
+/// A line of the table: shares in percent, the whole with its interval.
+fn row(label: &str, found: &Alignment) -> String {
+    let cell = |category: Category| match found.by_category.get(&category) {
+        Some(share) => format!("{:.0}", percent(*share)),
+        None => "none".into(),
+    };
+    let cells = Category::ALL.map(cell).join(" | ");
+    let (low, high) = wilson(found.all.hits, found.all.trials);
+    let all = format!("{:.1} ({:.1}-{:.1})", percent(found.all), 100. * low, 100. * high);
+    format!("| {label} | {cells} | {all} | {:.3} |", found.frechet)
+}
