@@ -22,6 +22,11 @@ pub mod text;
 mod unet;
 mod vae;
 
+/// Kernels in f32 on the CPU, over rows of a slice; for autograd that candle does not have.
+pub mod kernels {
+    pub use crate::layers::kernels::*;
+}
+
 pub use checkpoint::{Checkpoint, RawTensor, Scope};
 pub use config::weights_file;
 pub use device::{device, dtype};

@@ -1,7 +1,7 @@
 """Makes a base model for the shapes world from nothing: a tiny Stable Diffusion in the diffusers layout, half precision.
 
     pip install torch diffusers transformers pillow tqdm
-    cargo build --release -p weights
+    cargo build --release
     python pretrain.py OUT [--device cuda] [--steps-scale 4]
 
 Three stages train one part each: the VAE, the text encoder and the U-Net. A stage reads the parts before it as OUT has

@@ -4,6 +4,7 @@
 use candle_core::{D, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
+use super::cpu;
 use super::norm::statistics_dtype;
 use crate::Result;
 
@@ -68,9 +69,7 @@ fn attend_vjp_by(
         let (q, dy) = (q.narrow(1, start, len)?.contiguous()?, dy.narrow(1, start, len)?.contiguous()?);
         let p = keys.weights(&q)?;
         let dp = dy.matmul(&v_t)?.to_dtype(p.dtype())?;
-        let weighted = (&p * dp)?;
-        let ds = (&weighted - p.broadcast_mul(&weighted.sum_keepdim(D::Minus1)?)?)?;
-        let ds = (ds * keys.scale)?.to_dtype(dtype)?;
+        let ds = (softmax_vjp(&p, &dp)? * keys.scale)?.to_dtype(dtype)?;
         dq.push(ds.matmul(k)?);
         if with_keys {
             let dk = ds.t()?.matmul(&q)?;
@@ -101,8 +100,24 @@ impl Keys {
         // Scaled before the product, so that half precision does not overflow in it.
         let q = (q.to_dtype(self.transposed.dtype())? * self.scale)?;
         let scores = q.contiguous()?.matmul(&self.transposed)?;
-        Ok(softmax_last_dim(&scores.to_dtype(statistics_dtype(scores.dtype()))?.contiguous()?)?)
+        softmax(&scores.to_dtype(statistics_dtype(scores.dtype()))?.contiguous()?)
     }
+}
+
+fn softmax(x: &Tensor) -> Result<Tensor> {
+    match cpu::softmax(x)? {
+        Some(y) => Ok(y),
+        None => Ok(softmax_last_dim(x)?),
+    }
+}
+
+/// `P (dP - rowsum(P dP))`.
+fn softmax_vjp(p: &Tensor, dp: &Tensor) -> Result<Tensor> {
+    if let Some(ds) = cpu::softmax_vjp(p, dp)? {
+        return Ok(ds);
+    }
+    let weighted = (p * dp)?;
+    Ok((&weighted - p.broadcast_mul(&weighted.sum_keepdim(D::Minus1)?)?)?)
 }
 
 /// Starts and lengths of blocks of query rows that have up to `block` scores, and at least one row.

@@ -23,6 +23,11 @@ pub(crate) use attention::{attend, attend_vjp, merge_heads, split_heads};
 pub(crate) use conv::Conv2d;
 pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;
+pub(crate) mod kernels {
+    pub use super::cpu::{
+        layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, softmax_rows, softmax_rows_vjp,
+    };
+}
 pub(crate) use linear::Linear;
 pub(crate) use norm::{GroupNorm, LayerNorm, statistics_dtype};
 pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};

@@ -1,9 +1,8 @@
-use candle_core::{D, Tensor};
-use candle_nn::ops::softmax;
+use candle_core::Tensor;
 use diffusion::Scope;
 
 use super::AdapterSizes;
-use super::layers::Linear;
+use super::layers::{Linear, softmax};
 use crate::Result;
 
 /// PyTorch's `nn.MultiheadAttention`, batch first: the input projections of q, k and v lie in one tensor.
@@ -35,8 +34,7 @@ impl MultiheadAttention {
         };
         let q = split((self.q.forward(query)? * (1. / ((d / self.heads) as f64).sqrt()))?)?;
         let (k, v) = (split(self.k.forward(key)?)?, split(self.v.forward(value)?)?);
-        // The softmax of composed operations: autograd does not follow candle's fused one.
-        let weights = softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?, D::Minus1)?;
+        let weights = softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?)?;
         let y = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((b, tokens, d))?;
         self.out.forward(&y)
     }

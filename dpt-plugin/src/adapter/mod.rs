@@ -8,6 +8,7 @@
 mod attention;
 mod decoder;
 mod encoder;
+mod fused;
 mod heads;
 mod init;
 mod layers;

@@ -1,10 +1,12 @@
-//! Layers in f32 on the CPU, each in one pass over memory. The formulas of tensor operations beside which they stand are the
+//! Layers in f32 on the CPU, each in one pass over memory, its loops compiled for several generations of vector instructions
+//! and chosen among at run time. The formulas of tensor operations beside which they stand are the
 //! reference: they serve other dtypes and devices, and the tests hold these against them.
 
 mod conv;
 mod exp;
 mod geglu;
 mod norm;
+mod softmax;
 mod transpose;
 
 use std::ops::Deref;
@@ -14,6 +16,9 @@ use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 pub(super) use conv::conv3x3;
 pub(super) use geglu::{geglu, geglu_vjp};
 pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
+pub use norm::{layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp};
+pub(super) use softmax::{softmax, softmax_vjp};
+pub use softmax::{softmax_rows, softmax_rows_vjp};
 pub(super) use transpose::transpose_last;
 
 use crate::Result;
@@ -52,13 +57,18 @@ fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
 /// Values below which a piece of work is not worth another thread.
 const LEAST: usize = 1 << 14;
 
+/// Rows of `n` values each that are worth a thread.
+fn rows_at_once(n: usize) -> usize {
+    LEAST.div_ceil(n).max(1)
+}
+
 /// Every kernel against the formula of tensor operations, which f64 goes by.
 #[cfg(test)]
 mod tests {
     use candle_core::DType;
 
     use crate::layers::finite_difference::{assert_values, numbers, values, weights};
-    use crate::layers::{Conv2d, GroupNorm, LayerNorm, geglu, geglu_vjp};
+    use crate::layers::{Conv2d, GroupNorm, LayerNorm, attend, attend_vjp, geglu, geglu_vjp};
     use crate::{Checkpoint, Result};
 
     use super::*;
@@ -128,6 +138,19 @@ mod tests {
             if width > 1 {
                 same(&what, narrow.vjp(&single(&x), &single(&dy)), wide.vjp(&x, &dy));
             }
+        }
+    }
+
+    #[test]
+    fn attention() {
+        for (queries, keys) in [(5, 7), (40, 64), (3, 1)] {
+            let all = [queries, keys, keys, queries].map(|tokens| values(tokens as u64, (3, tokens, 4)));
+            let [q, k, v, dy] = all.each_ref();
+            let narrow = all.each_ref().map(single);
+            let [q32, k32, v32, dy32] = narrow.each_ref();
+            same("attention", attend(q32, k32, v32, false), attend(q, k, v, false));
+            let gradient = |qkv: (&Tensor, &Tensor, &Tensor), dy: &Tensor| Ok(attend_vjp(qkv, dy, false, false)?.0);
+            same("its gradient", gradient((q32, k32, v32), dy32), gradient((q, k, v), dy));
         }
     }
 

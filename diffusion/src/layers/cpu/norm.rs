@@ -1,8 +1,9 @@
 use candle_core::Tensor;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::exp::sigmoid;
-use super::{LEAST, Values, tensor};
+use super::{Values, rows_at_once, tensor};
 use crate::Result;
 
 /// Scale and shift of a normalised tensor, one of each per channel.
@@ -13,29 +14,27 @@ pub(in crate::layers) struct Affine<'a> {
     pub(in crate::layers) eps: f64,
 }
 
-/// Mean and inverse deviation, summed in eight lanes of f32 each, twice: the variance is that of the centred values.
+/// Mean and inverse deviation; the variance is that of the centred values.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn statistics(values: &[f32], eps: f64) -> (f32, f32) {
-    let sum = |f: &dyn Fn(f32) -> f32| {
-        // Blocks keep a long sum as precise as a short one.
-        let block = |block: &[f32]| {
-            let mut lanes = [0f32; 16];
-            let (whole, rest) = block.as_chunks::<16>();
-            for values in whole {
-                (0..16).for_each(|i| lanes[i] += f(values[i]));
-            }
-            lanes.iter().sum::<f32>() + rest.iter().map(|v| f(*v)).sum::<f32>()
-        };
-        values.chunks(1024).map(|values| f64::from(block(values))).sum::<f64>()
-    };
     let n = values.len() as f64;
-    let mean = (sum(&|v| v) / n) as f32;
-    let variance = sum(&|v| (v - mean) * (v - mean)) / n;
+    let mean = (sum(values, |v| v) / n) as f32;
+    let variance = sum(values, |v| (v - mean) * (v - mean)) / n;
     (mean, (1. / (variance + eps).sqrt()) as f32)
 }
 
-/// Pieces of some rows of `n` values each, large enough to be worth a thread.
-fn rows_at_once(n: usize) -> usize {
-    LEAST.div_ceil(n).max(1)
+/// In lanes, and in blocks that keep a long sum as precise as a short one.
+#[inline(always)]
+fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    let block = |block: &[f32]| {
+        let (whole, rest) = block.as_chunks::<16>();
+        let mut lanes = [0f32; 16];
+        for values in whole {
+            (0..16).for_each(|i| lanes[i] += f(values[i]));
+        }
+        lanes.iter().sum::<f32>() + rest.iter().map(|v| f(*v)).sum::<f32>()
+    };
+    values.chunks(1024).map(|values| f64::from(block(values))).sum()
 }
 
 /// `norm(x)`, or `silu(norm(x))`, over `[B, C, h, w]` in groups of channels.
@@ -56,10 +55,7 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
             let scale = inverse * weight[channel];
             let shift = bias[channel] - mean * scale;
             if silu {
-                y.iter_mut().zip(x).for_each(|(y, x)| {
-                    let v = x * scale + shift;
-                    *y = v * sigmoid(v);
-                });
+                affine_silu(x, scale, shift, y);
             } else {
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = x * scale + shift);
             }
@@ -89,20 +85,37 @@ pub(in crate::layers) fn group_norm_vjp(
         let first = row % groups * of_group;
         let planes = dx.chunks_mut(plane).zip(x.chunks(plane)).zip(dy.chunks(plane));
         for (channel, ((dx, x), dy)) in (first..).zip(planes) {
-            let (weight, bias) = (weight[channel], bias[channel]);
-            let slope = |normal: f32| {
-                let v = normal * weight + bias;
-                let s = sigmoid(v);
-                s + v * s * (1. - s)
-            };
-            for ((d, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-                let normal = (x - mean) * inverse;
-                *d = dy * weight * if silu { slope(normal) } else { 1. };
+            let weight = weight[channel];
+            if silu {
+                let scale = inverse * weight;
+                affine_silu_vjp(x, dy, scale, bias[channel] - mean * scale, dx);
+            } else {
+                dx.copy_from_slice(dy);
             }
+            dx.iter_mut().for_each(|d| *d *= weight);
         }
         normalize_vjp(dx, x, mean, inverse);
     });
     tensor(dx, x.shape()).map(Some)
+}
+
+/// `silu(scale x + shift)`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn affine_silu(x: &[f32], scale: f32, shift: f32, y: &mut [f32]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| {
+        let v = x * scale + shift;
+        *y = v * sigmoid(v);
+    });
+}
+
+/// The cotangent of `scale x + shift` from that of [`affine_silu`].
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn affine_silu_vjp(x: &[f32], dy: &[f32], scale: f32, shift: f32, d: &mut [f32]) {
+    d.iter_mut().zip(x.iter().zip(dy)).for_each(|(d, (x, dy))| {
+        let v = x * scale + shift;
+        let s = sigmoid(v);
+        *d = dy * (s + v * s * (1. - s));
+    });
 }
 
 /// `norm(x)` over the last dimension.
@@ -111,15 +124,8 @@ pub(in crate::layers) fn layer_norm(x: &Tensor, affine: Affine) -> Result<Option
     else {
         return Ok(None);
     };
-    let n = weight.len();
     let mut y = vec![0f32; xs.len()];
-    let (weight, bias) = (&*weight, &*bias);
-    y.par_chunks_mut(n).zip(xs.par_chunks(n)).with_min_len(rows_at_once(n)).for_each(|(y, x)| {
-        let (mean, inverse) = statistics(x, affine.eps);
-        for ((y, x), (weight, bias)) in y.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
-            *y = (x - mean) * inverse * weight + bias;
-        }
-    });
+    layer_norm_rows(&xs, &weight, &bias, affine.eps, &mut y);
     tensor(y, x.shape()).map(Some)
 }
 
@@ -128,19 +134,65 @@ pub(in crate::layers) fn layer_norm_vjp(x: &Tensor, dy: &Tensor, affine: Affine)
     let (Some(xs), Some(dys), Some(weight)) = (Values::of(x), Values::of(dy), Values::of(affine.weight)) else {
         return Ok(None);
     };
-    let n = weight.len();
     let mut dx = vec![0f32; xs.len()];
-    let weight = &*weight;
-    let rows = dx.par_chunks_mut(n).zip(xs.par_chunks(n)).zip(dys.par_chunks(n));
-    rows.with_min_len(rows_at_once(n)).for_each(|((dx, x), dy)| {
-        let (mean, inverse) = statistics(x, affine.eps);
-        dx.iter_mut().zip(dy).zip(weight).for_each(|((d, dy), weight)| *d = dy * weight);
-        normalize_vjp(dx, x, mean, inverse);
-    });
+    layer_norm_rows_vjp(&xs, &dys, &weight, affine.eps, &mut dx);
     tensor(dx, x.shape()).map(Some)
 }
 
+/// Layer norm of rows as long as `weight` and `bias`.
+pub fn layer_norm_rows(x: &[f32], weight: &[f32], bias: &[f32], eps: f64, y: &mut [f32]) {
+    let n = weight.len();
+    y.par_chunks_mut(n).zip(x.par_chunks(n)).with_min_len(rows_at_once(n)).for_each(|(y, x)| {
+        layer_norm_row(x, weight, bias, eps, y);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f64, y: &mut [f32]) {
+    let (mean, inverse) = statistics(x, eps);
+    for ((y, x), (weight, bias)) in y.iter_mut().zip(x).zip(weight.iter().zip(bias)) {
+        *y = (x - mean) * inverse * weight + bias;
+    }
+}
+
+/// The gradient for `x` of [`layer_norm_rows`] at a cotangent `dy`.
+pub fn layer_norm_rows_vjp(x: &[f32], dy: &[f32], weight: &[f32], eps: f64, dx: &mut [f32]) {
+    let n = weight.len();
+    let rows = dx.par_chunks_mut(n).zip(x.par_chunks(n)).zip(dy.par_chunks(n));
+    rows.with_min_len(rows_at_once(n)).for_each(|((dx, x), dy)| {
+        let (mean, inverse) = statistics(x, eps);
+        dx.iter_mut().zip(dy).zip(weight).for_each(|((d, dy), weight)| *d = dy * weight);
+        normalize_vjp(dx, x, mean, inverse);
+    });
+}
+
+/// The gradients for weight and bias of [`layer_norm_rows`] of rows of `n` values.
+pub fn layer_norm_rows_parameters_vjp(x: &[f32], dy: &[f32], n: usize, eps: f64) -> (Vec<f32>, Vec<f32>) {
+    let zero = || (vec![0f32; n], vec![0f32; n]);
+    let add = |(mut weight, mut bias): (Vec<f32>, Vec<f32>), (x, dy): (&[f32], &[f32])| {
+        let (mean, inverse) = statistics(x, eps);
+        for ((weight, bias), (x, dy)) in weight.iter_mut().zip(&mut bias).zip(x.iter().zip(dy)) {
+            *weight += dy * (x - mean) * inverse;
+            *bias += dy;
+        }
+        (weight, bias)
+    };
+    // Pieces of a fixed size, added in their order: the result does not depend on which thread was faster.
+    let piece = n * rows_at_once(n);
+    let pieces: Vec<_> = x
+        .par_chunks(piece)
+        .zip(dy.par_chunks(piece))
+        .map(|(x, dy)| x.chunks(n).zip(dy.chunks(n)).fold(zero(), add))
+        .collect();
+    pieces.into_iter().fold(zero(), |(mut weight, mut bias), (w, b)| {
+        weight.iter_mut().zip(w).for_each(|(sum, v)| *sum += v);
+        bias.iter_mut().zip(b).for_each(|(sum, v)| *sum += v);
+        (weight, bias)
+    })
+}
+
 /// In place of the normalised values' cotangent `d`: `(d - mean(d) - normal * mean(d * normal)) / deviation`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn normalize_vjp(d: &mut [f32], x: &[f32], mean: f32, inverse: f32) {
     let (mut sum, mut along) = (0f64, 0f64);
     for (d, x) in d.chunks(1024).zip(x.chunks(1024)) {

@@ -1,0 +1,68 @@
+use candle_core::{D, Tensor};
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::exp::exp;
+use super::{Values, rows_at_once, tensor};
+use crate::Result;
+
+/// Over the last dimension.
+pub(in crate::layers) fn softmax(x: &Tensor) -> Result<Option<Tensor>> {
+    let Some(xs) = Values::of(x) else { return Ok(None) };
+    let mut y = vec![0f32; xs.len()];
+    softmax_rows(&xs, x.dim(D::Minus1)?, &mut y);
+    tensor(y, x.shape()).map(Some)
+}
+
+/// The gradient for [`softmax`]'s input from its result and that one's cotangent.
+pub(in crate::layers) fn softmax_vjp(p: &Tensor, dp: &Tensor) -> Result<Option<Tensor>> {
+    let (Some(ps), Some(dps)) = (Values::of(p), Values::of(dp)) else { return Ok(None) };
+    let mut dx = vec![0f32; ps.len()];
+    softmax_rows_vjp(&ps, &dps, p.dim(D::Minus1)?, &mut dx);
+    tensor(dx, p.shape()).map(Some)
+}
+
+/// `softmax` of each row of `n` values.
+pub fn softmax_rows(x: &[f32], n: usize, y: &mut [f32]) {
+    y.par_chunks_mut(n).zip(x.par_chunks(n)).with_min_len(rows_at_once(n)).for_each(|(y, x)| softmax_row(x, y));
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn softmax_row(x: &[f32], y: &mut [f32]) {
+    let largest = largest(x);
+    y.iter_mut().zip(x).for_each(|(y, x)| *y = exp(x - largest));
+    let inverse = 1. / sum(y);
+    y.iter_mut().for_each(|y| *y *= inverse);
+}
+
+/// The gradient for `x` from the result `p` and its cotangent: `p (dp - sum(p dp))`, by rows of `n` values.
+pub fn softmax_rows_vjp(p: &[f32], dp: &[f32], n: usize, dx: &mut [f32]) {
+    let rows = dx.par_chunks_mut(n).zip(p.par_chunks(n)).zip(dp.par_chunks(n));
+    rows.with_min_len(rows_at_once(n)).for_each(|((dx, p), dp)| softmax_row_vjp(p, dp, dx));
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
+fn softmax_row_vjp(p: &[f32], dp: &[f32], dx: &mut [f32]) {
+    dx.iter_mut().zip(p.iter().zip(dp)).for_each(|(d, (p, dp))| *d = p * dp);
+    let along = sum(dx);
+    dx.iter_mut().zip(p).for_each(|(d, p)| *d -= p * along);
+}
+
+/// In lanes; a NaN among the values may be passed over, the sum of exponentials is NaN all the same.
+#[inline(always)]
+fn largest(values: &[f32]) -> f32 {
+    let greater = |a: f32, b: f32| if b > a { b } else { a };
+    let (whole, rest) = values.as_chunks::<8>();
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    whole.iter().for_each(|values| (0..8).for_each(|i| lanes[i] = greater(lanes[i], values[i])));
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| greater(a, *b))
+}
+
+/// In eight lanes.
+#[inline(always)]
+fn sum(values: &[f32]) -> f32 {
+    let (whole, rest) = values.as_chunks::<8>();
+    let mut lanes = [0f32; 8];
+    whole.iter().for_each(|values| (0..8).for_each(|i| lanes[i] += values[i]));
+    lanes.iter().sum::<f32>() + rest.iter().sum::<f32>()
+}

@@ -1,0 +1,238 @@
+//! Operations that candle's autograd follows as one, for f32 on the CPU: fewer passes over memory, and no gradients for
+//! weights that are not trained. Elsewhere [`super::layers`] goes by tensor operations, which these are tested against.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use diffusion::kernels;
+use gemm::{Parallelism, gemm};
+
+/// Whether these operations take a tensor.
+pub(super) fn takes(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => candle_core::bail!("a fused operation takes contiguous tensors, found {layout:?}"),
+    }
+}
+
+/// Calls `f` with the values of two contiguous f32 tensors on the CPU, to fill as many as the first has.
+fn filled(a: &Tensor, b: &Tensor, f: impl FnOnce(&[f32], &[f32], &mut [f32])) -> Result<Tensor> {
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let mut out = vec![0f32; a.elem_count()];
+    {
+        let ((a, a_layout), (b, b_layout)) = (a.storage_and_layout(), b.storage_and_layout());
+        match (&*a, &*b) {
+            (candle_core::Storage::Cpu(a), candle_core::Storage::Cpu(b)) => {
+                f(values(a, a_layout)?, values(b, b_layout)?, &mut out);
+            }
+            _ => candle_core::bail!("a fused operation takes tensors in main memory"),
+        }
+    }
+    Tensor::from_vec(out, a.shape(), a.device())
+}
+
+/// Rows `[rows, in]`, weight `[out, in]` and bias `[out]` to `x W^T + b`.
+pub(super) struct Linear;
+
+impl CustomOp3 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((rows, inputs), outputs) = (x_layout.shape().dims2()?, weight_layout.shape().dims2()?.0);
+        let (x, weight) = (values(x, x_layout)?, values(weight, weight_layout)?);
+        let mut y = values(bias, bias_layout)?.repeat(rows);
+        let stride = |n: usize| n as isize;
+        // SAFETY: every pointer is to a row-major matrix of the size that is given: y `[rows, outputs]`, x `[rows, inputs]`,
+        // weight `[outputs, inputs]`, read transposed.
+        unsafe {
+            gemm(
+                rows,
+                outputs,
+                inputs,
+                y.as_mut_ptr(),
+                1,
+                stride(outputs),
+                true,
+                x.as_ptr(),
+                1,
+                stride(inputs),
+                weight.as_ptr(),
+                stride(inputs),
+                1,
+                1.,
+                1.,
+                false,
+                false,
+                false,
+                Parallelism::Rayon(0),
+            );
+        }
+        Ok((CpuStorage::F32(y), (rows, outputs).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let dx = x.track_op().then(|| dy.matmul(&weight.detach())).transpose()?;
+        let dw = weight.track_op().then(|| dy.t()?.matmul(&x.detach())).transpose()?;
+        let ones = || Tensor::ones((1, dy.dim(0)?), dy.dtype(), dy.device());
+        let db = bias.track_op().then(|| ones()?.matmul(&dy)?.squeeze(0)).transpose()?;
+        Ok((dx, dw, db))
+    }
+}
+
+/// Rows `[rows, n]`, weight and bias `[n]`.
+pub(super) struct LayerNorm {
+    pub(super) eps: f64,
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let x = values(x, x_layout)?;
+        let mut y = vec![0f32; x.len()];
+        kernels::layer_norm_rows(x, values(weight, weight_layout)?, values(bias, bias_layout)?, self.eps, &mut y);
+        Ok((CpuStorage::F32(y), x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let scale: Vec<f32> = weight.to_vec1()?;
+        let (mut dw, mut db) = (None, None);
+        let trained = weight.track_op() || bias.track_op();
+        let dx = filled(x, dy, |x, dy, dx| {
+            kernels::layer_norm_rows_vjp(x, dy, &scale, self.eps, dx);
+            if trained {
+                let (weight, bias) = kernels::layer_norm_rows_parameters_vjp(x, dy, scale.len(), self.eps);
+                (dw, db) = (Some(weight), Some(bias));
+            }
+        })?;
+        let row = |values: Option<Vec<f32>>| values.map(|v| Tensor::from_vec(v, scale.len(), x.device())).transpose();
+        Ok((Some(dx), row(dw)?, row(db)?))
+    }
+}
+
+/// Softmax over the last dimension.
+pub(super) struct Softmax;
+
+impl CustomOp1 for Softmax {
+    fn name(&self) -> &'static str {
+        "softmax"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = values(x, layout)?;
+        let mut y = vec![0f32; x.len()];
+        let n = *layout.shape().dims().last().unwrap_or(&1);
+        kernels::softmax_rows(x, n, &mut y);
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let n = y.dim(D::Minus1)?;
+        filled(y, dy, |y, dy, dx| kernels::softmax_rows_vjp(y, dy, n, dx)).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::super::layers;
+    use super::*;
+
+    fn numbers(seed: f64, shape: &[usize]) -> Tensor {
+        let value = |i: usize| ((i + 1) as f64 * seed).sin();
+        Tensor::from_vec((0..shape.iter().product()).map(value).collect::<Vec<f64>>(), shape, &Device::Cpu).unwrap()
+    }
+
+    /// The result of `f` on variables of these values, and every variable's gradient of its product with fixed numbers.
+    fn run(dtype: DType, inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> crate::Result<Tensor>) -> Vec<Vec<f64>> {
+        let variables: Vec<Var> =
+            inputs.iter().map(|t| Var::from_tensor(&t.to_dtype(dtype).unwrap()).unwrap()).collect();
+        let tensors: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
+        let y = f(&tensors).unwrap();
+        let cotangent = numbers(0.7, y.dims()).to_dtype(dtype).unwrap();
+        let gradients = (&y * cotangent).unwrap().sum_all().unwrap().backward().unwrap();
+        let all = [y.clone()].into_iter().chain(variables.iter().map(|v| gradients.get(v).unwrap().clone()));
+        all.map(|t| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()).collect()
+    }
+
+    /// f32 goes by the fused operation, f64 by tensor operations. Sums over a thousand rows may cancel to a tenth of a term.
+    #[track_caller]
+    fn same(inputs: &[Tensor], f: &dyn Fn(&[Tensor]) -> crate::Result<Tensor>) {
+        for (narrow, wide) in run(DType::F32, inputs, f).iter().zip(run(DType::F64, inputs, f)) {
+            let largest = wide.iter().fold(0f64, |m, v| m.max(v.abs()));
+            let off = narrow.iter().zip(&wide).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
+            assert!(narrow.len() == wide.len() && off < 2e-5 * largest, "off by {off} of {largest}");
+        }
+    }
+
+    #[test]
+    fn as_tensor_operations() {
+        let x = numbers(1.3, &[2, 500, 6]);
+        same(&[x.clone(), numbers(1.1, &[5, 6]), numbers(2.3, &[5])], &|t| {
+            layers::Linear::new(t[1].clone(), t[2].clone()).forward(&t[0])
+        });
+        same(&[x.clone(), numbers(1.1, &[6]), numbers(2.3, &[6])], &|t| {
+            layers::LayerNorm::new(t[1].clone(), t[2].clone()).forward(&t[0])
+        });
+        same(&[(x * 4.).unwrap()], &|t| layers::softmax(&t[0]));
+    }
+
+    /// The transposed input of a residual, and a weight that is a part of another.
+    #[test]
+    fn strided_inputs() {
+        let f = |t: &[Tensor]| {
+            let weight = t[1].narrow(0, 2, 4)?;
+            layers::Linear::new(weight, t[2].narrow(0, 2, 4)?).forward(&t[0].transpose(0, 1)?)
+        };
+        same(&[numbers(1.3, &[3, 4, 6]), numbers(1.1, &[8, 6]), numbers(2.3, &[8])], &f);
+    }
+
+    /// At inference nothing is spent on the weights' gradients.
+    #[test]
+    fn weights_that_are_not_variables_have_no_gradient() {
+        let x = Var::from_tensor(&numbers(1.3, &[4, 6]).to_dtype(DType::F32).unwrap()).unwrap();
+        let weight = numbers(1.1, &[5, 6]).to_dtype(DType::F32).unwrap();
+        let bias = numbers(2.3, &[5]).to_dtype(DType::F32).unwrap();
+        let y = layers::Linear::new(weight.clone(), bias.clone()).forward(&x).unwrap();
+        let gradients = y.sum_all().unwrap().backward().unwrap();
+        assert!(gradients.get(&x).is_some() && gradients.get(&weight).is_none() && gradients.get(&bias).is_none());
+    }
+}
