@@ -71,7 +71,7 @@ fn latents_are_remembered_on_disk() {
     let model = host_demo::default_model().unwrap();
     let encoder = || {
         let Pipeline { text, vae, .. } = Pipeline::load(&model, DType::F32, &Device::Cpu).unwrap();
-        Encoder::new(text, vae, (64, 64), &Device::Cpu, Some(cache.clone()), "shapes").unwrap()
+        Encoder::new(text, vae, (64, 64), &Device::Cpu, Some(cache.clone())).unwrap()
     };
     let (red, blue) = (Picture::File(folder.join("a.png")), Picture::File(folder.join("b.png")));
     let files = || std::fs::read_dir(&cache).unwrap().count();

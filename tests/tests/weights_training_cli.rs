@@ -106,6 +106,10 @@ fn an_interrupt_saves_and_the_run_goes_on() {
     other[4] = "7";
     other.push("--resume");
     refused(&folder, &other, &["steps 100000, not 7"]);
+    let heads = SMALL.iter().position(|word| *word == "4").unwrap();
+    let mut other = [&words[..], &["--resume"]].concat();
+    other[words.len() - SMALL.len() + heads] = "2";
+    refused(&folder, &other, &["heads 4, not 2"]);
 }
 
 #[test]
@@ -119,7 +123,9 @@ fn an_adapter_is_measured_on_scenes() {
     assert_eq!((&found["examples"], &found["by_timestep"][1]["t"]), (&json!(6), &json!(800)));
     assert_eq!((&result["image_to_text"]["trials"], &result["overall"]["trials"]), (&json!(6), &json!(12)));
     assert!(result["boxes"]["trials"].as_u64().unwrap() >= 6);
-    assert_eq!(found["denoising"]["result"]["boxes"]["trials"], result["boxes"]["trials"]);
+    // Scenes with one box are no question to the baseline.
+    let baseline = found["denoising"]["result"]["boxes"]["trials"].as_u64().unwrap();
+    assert!(baseline > 0 && baseline <= result["boxes"]["trials"].as_u64().unwrap(), "{found}");
 }
 
 /// The shipped adapter: of two prompts the right one scores higher, a box is on the object, and both say so.
@@ -130,7 +136,8 @@ fn the_shipped_adapter_scores_and_grounds() {
     let manifest = std::fs::read_to_string(folder.join("scenes/manifest.jsonl")).unwrap();
     let scenes: Vec<Value> = manifest.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     // One object: what a briefly trained adapter does best.
-    let scene = scenes.iter().find(|scene| !scene["caption"].as_str().unwrap().contains(" and ")).unwrap();
+    let single = |scene: &&Value| scene["caption"].as_str().unwrap().split(' ').count() == 3;
+    let scene = scenes.iter().filter(single).find(|s| s["caption"].as_str().unwrap().starts_with('a')).unwrap();
     let (image, caption) = (format!("scenes/{}", scene["image"].as_str().unwrap()), scene["caption"].as_str().unwrap());
     let wrong = if caption.contains("green") { "three blue crosses" } else { "three green crosses" };
     let few = ["--timesteps", "4", "--draws", "2"];
@@ -149,7 +156,7 @@ fn the_shipped_adapter_scores_and_grounds() {
     let found: Value = serde_json::from_str(&found).unwrap();
     let numbers = |value: &Value| value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect::<Vec<_>>();
     let found_box = numbers(&found["box"]);
-    assert!(found_box.iter().all(|v| (-8. ..=72.).contains(v)) && found_box[2] > 0., "{found}");
+    assert!(found_box.iter().all(|v| (0. ..=64.).contains(v)) && found_box[2] > 0., "{found}");
     assert!(found["probability"].as_f64().unwrap() > 0.);
     let picture = tests::cli::Picture::read(&folder.join("found.png"));
     assert!(picture.size.0 >= 256 && picture.pixels.chunks(3).any(|pixel| pixel == [255, 0, 160]));
@@ -165,6 +172,15 @@ fn what_cannot_be_done_is_said() {
     refused(&folder, &probe(&["--tap", "up7"]), &["up7"]);
     refused(&folder, &probe(&["--heads", "7"]), &["7 heads"]);
     refused(&folder, &probe(&["--batch", "0"]), &["batches of 0"]);
+    refused(&folder, &probe(&["--steps", "0"]), &["--steps"]);
+    refused(&folder, &probe(&["--clip=-1"]), &["--clip"]);
+    refused(&folder, &probe(&["--lr", "nan"]), &["--lr"]);
+    refused(&folder, &probe(&["--matching", "0", "--grounding", "0"]), &["nothing to learn"]);
+    refused(&folder, &probe(&["--contrast", "in-batch", "--batch", "1"]), &["at least 2"]);
+    refused(&folder, &probe(&["--encoder-layers", "0"]), &["encoder has no layers"]);
+    refused(&folder, &probe(&["--grounding-queries", "0"]), &["--grounding 0"]);
+    refused(&folder, &["eval", "generate", "--captions", "1"], &["one picture"]);
+    refused(&folder, &["eval", "generate", "--adapter", "none.safetensors"], &["none.safetensors"]);
     refused(&folder, &probe(&["--resume"]), &["one/state.safetensors"]);
     refused(&folder, &["tune", "--adapter", "none.safetensors", "--out", "two"], &["none.safetensors"]);
     let model = tests::committed("sd1-tiny");

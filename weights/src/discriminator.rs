@@ -30,6 +30,23 @@ pub struct Rows {
     pub pooled: Tensor,
 }
 
+impl Rows {
+    /// Rows that are evaluated together.
+    const MOST: usize = 64;
+
+    /// The same rows, as many at a time as memory should be asked for.
+    fn chunks(&self) -> Result<Vec<Self>> {
+        let count = self.timesteps.len();
+        let chunk = |start: usize| {
+            let len = Self::MOST.min(count - start);
+            let part = |t: &Tensor| t.narrow(0, start, len)?.contiguous();
+            let timesteps = self.timesteps[start..start + len].to_vec();
+            Ok(Self { noisy: part(&self.noisy)?, timesteps, hidden: part(&self.hidden)?, pooled: part(&self.pooled)? })
+        };
+        (0..count).step_by(Self::MOST).map(chunk).collect()
+    }
+}
+
 /// The box that a text speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Found {
@@ -75,11 +92,6 @@ impl Discriminator {
         &self.adapter
     }
 
-    /// What the U-Net predicts.
-    pub fn prediction(&self) -> Prediction {
-        self.prediction
-    }
-
     /// Training timesteps.
     pub fn timesteps(&self) -> usize {
         self.alphas_cumprod.len()
@@ -118,30 +130,48 @@ impl Discriminator {
 
     /// s of each row, `[R]` (Eq. 2).
     pub fn scores(&self, rows: &Rows) -> Result<Vec<f32>> {
-        let h = self.adapter.matching(&self.queries(rows)?)?;
-        Ok(pair_scores(&h, &rows.pooled.to_dtype(h.dtype())?)?.to_dtype(DType::F32)?.to_vec1()?)
+        let mut all = Vec::new();
+        for rows in rows.chunks()? {
+            let h = self.adapter.matching(&self.queries(&rows)?)?;
+            let scores = pair_scores(&h, &rows.pooled.to_dtype(h.dtype())?)?;
+            all.extend(scores.to_dtype(DType::F32)?.to_vec1::<f32>()?);
+        }
+        Ok(all)
     }
 
-    /// The box of each row's text, by the grounding query that is surest of it.
+    /// The box of each row's text, by the grounding query that is surest of it. Fails when the adapter has none.
     pub fn find(&self, rows: &Rows) -> Result<Vec<Found>> {
-        let Grounding { class_logits, boxes, .. } = self.adapter.grounding(&self.queries(rows)?)?;
-        let probability = Presence::of_logits(&class_logits)?.probability;
-        let surest = probability.argmax(1)?.to_vec1::<u32>()?;
-        let boxes = boxes.to_dtype(DType::F32)?.to_vec3::<f32>()?;
-        let probability = probability.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-        let found = |(row, query): (usize, &u32)| {
-            let at = *query as usize;
-            let [x, y, w, h] = boxes[row][at][..] else { unreachable!("boxes have four numbers") };
-            Found { bounding_box: [x, y, w, h], probability: probability[row][at] }
-        };
-        Ok(surest.iter().enumerate().map(found).collect())
+        if self.adapter.sizes().grounding_queries == 0 {
+            return Err(Error::Request("the adapter has no grounding queries".into()));
+        }
+        let mut all = Vec::new();
+        for rows in rows.chunks()? {
+            let Grounding { class_logits, boxes, .. } = self.adapter.grounding(&self.queries(&rows)?)?;
+            let probability = Presence::of_logits(&class_logits)?.probability;
+            let surest = probability.argmax(1)?.to_vec1::<u32>()?;
+            let boxes = boxes.to_dtype(DType::F32)?.to_vec3::<f32>()?;
+            let probability = probability.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            all.extend(surest.iter().enumerate().map(|(row, query)| {
+                let at = *query as usize;
+                let [x, y, w, h] = boxes[row][at][..] else { unreachable!("boxes have four numbers") };
+                Found { bounding_box: [x, y, w, h], probability: probability[row][at] }
+            }));
+        }
+        Ok(all)
     }
 
-    /// The mean squared error of the U-Net's prediction in each cell of each row, `[R, h, w]`: the whole U-Net runs.
+    /// The mean squared error of the U-Net's prediction in each cell of each row, `[R, h, w]`: the whole U-Net runs. `target`
+    /// has the latents' shape.
     pub fn denoising_errors(&self, rows: &Rows, target: &Tensor) -> Result<Tensor> {
-        let text = self.unet.text(&rows.hidden)?;
-        let output = self.unet.forward(&rows.noisy, &as_f64(&rows.timesteps), &text)?;
-        Ok((output.to_dtype(target.dtype())? - target)?.sqr()?.mean(1)?)
+        let (mut all, mut start) = (Vec::new(), 0);
+        for rows in rows.chunks()? {
+            let text = self.unet.text(&rows.hidden)?;
+            let output = self.unet.forward(&rows.noisy, &as_f64(&rows.timesteps), &text)?;
+            let target = target.narrow(0, start, rows.timesteps.len())?;
+            start += rows.timesteps.len();
+            all.push((output.to_dtype(target.dtype())? - target)?.sqr()?.mean(1)?);
+        }
+        Ok(Tensor::cat(&all, 0)?)
     }
 
     fn queries(&self, rows: &Rows) -> Result<Tensor> {

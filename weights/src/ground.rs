@@ -62,8 +62,10 @@ impl Ground {
         let found = agreed(&discriminator.find(&rows)?);
         let (width, height) = (f64::from(picture.width), f64::from(picture.height));
         let [cx, cy, w, h] = found.bounding_box.map(f64::from);
-        let tenth = |v: f64| (v * 10.).round() / 10.;
-        let pixels = [(cx - w / 2.) * width, (cy - h / 2.) * height, w * width, h * height].map(tenth);
+        // Of a box that reaches over the border, what is in the picture.
+        let [left, right] = [cx - w / 2., cx + w / 2.].map(|x| x.clamp(0., 1.) * width);
+        let [top, bottom] = [cy - h / 2., cy + h / 2.].map(|y| y.clamp(0., 1.) * height);
+        let pixels = [left, top, right - left, bottom - top].map(|v| (v * 10.).round() / 10.);
         frame(picture, pixels)?.save_png(&self.out, &[("phrase", self.phrase.clone())])?;
         let answer = json!({
             "image": self.image,

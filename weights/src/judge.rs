@@ -10,7 +10,7 @@ use dpt_plugin::{Adapter, AdapterSizes, SizeHints};
 use weights::data::Encoder;
 use weights::{Discriminator, Error, Result};
 
-use crate::training::model_or_shipped;
+use crate::training::{model_or_shipped, native_size};
 
 /// The flags.
 #[derive(Args, Clone)]
@@ -65,16 +65,19 @@ impl Judge {
         let Pipeline { text, mut unet, vae, scheduler } = Pipeline::load(&model_path, DType::F32, &device)?;
         let file = Checkpoint::open(&adapter_path, DType::F32, &device)?;
         let lora = LoraFile::read(&file)?;
+        if let Some(warning) = lora.warning() {
+            eprintln!("warning: {warning}");
+        }
         unet.merge_lora(&lora.entries, 1.)?;
         let given = SizeHints { tap: self.tap.clone(), heads: self.heads, matching_queries: self.matching_queries };
         let hints = given.or(SizeHints::of_header(&file)?);
         let sizes = AdapterSizes::infer(&file.root(), hints).map_err(|e| Error::file(&adapter_path, e))?;
         let adapter = Adapter::load(&file.root(), sizes)?;
-        let side = unet.config().sample_size.unwrap_or(64) * vae.config().latent_scale();
-        let side =
-            u32::try_from(side).map_err(|_| Error::Request(format!("pictures of {side} pixels are too large")))?;
-        let name = model_path.display().to_string();
-        let encoder = Encoder::new(text, vae, (side, side), &device, self.cache.clone(), &name)?;
+        // The release's head for RoBERTa tokens; nothing here asks it.
+        file.ignore_below("contrastive_align_projection_");
+        file.finish()?;
+        let size = native_size(&unet, &vae)?;
+        let encoder = Encoder::new(text, vae, size, &device, self.cache.clone())?;
         let discriminator = Discriminator::new(unet, adapter, &scheduler)?;
         Ok(Bench { discriminator, encoder, device, adapter_path, model_path })
     }

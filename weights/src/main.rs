@@ -90,8 +90,13 @@ fn main() -> ExitCode {
 /// again page by page, which costs a fifth of a training step; here it keeps what it has.
 fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    for option in [libc::M_MMAP_THRESHOLD, libc::M_TRIM_THRESHOLD] {
-        // SAFETY: sets a number in the allocator, which may be done at any time.
-        unsafe { libc::mallopt(option, i32::MAX) };
+    // SAFETY: these set numbers in the allocator, which may be done at any time.
+    unsafe {
+        // Older versions refuse more than this limit.
+        const LIMIT: i32 = 32 << 20;
+        if libc::mallopt(libc::M_MMAP_THRESHOLD, i32::MAX) == 0 {
+            libc::mallopt(libc::M_MMAP_THRESHOLD, LIMIT);
+        }
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
     }
 }

@@ -3,9 +3,9 @@
 use clap::Args;
 use dpt_plugin::AdapterSizes;
 use serde_json::json;
-use weights::Result;
 use weights::train::{Decay, Model, untrained};
 use weights::world::Random;
+use weights::{Error, Result};
 
 use crate::training::{StageDefaults, Training, is_small};
 
@@ -43,6 +43,7 @@ impl Probe {
     const DEFAULTS: StageDefaults = StageDefaults {
         steps: [60_000, 1_200],
         batch: [48, 48],
+        accumulate: [1, 1],
         lr: [1e-4, 5e-4],
         decay: [Decay::Constant, Decay::Cosine],
     };
@@ -67,10 +68,20 @@ impl Probe {
             classes: 1,
         };
         sizes.check()?;
+        if sizes.grounding_queries == 0 && self.training.grounding != 0. {
+            return Err(Error::Request("--grounding-queries 0 needs --grounding 0".into()));
+        }
         let device = prepared.device.clone();
         let tensors = untrained(&sizes, &mut Random::new(self.training.seed, u64::MAX), &device)?;
         self.training.train("probe", Self::DEFAULTS, 0., prepared, |unet, scheduler| {
-            let settings = json!({"tap": sizes.tap, "width": sizes.d_model, "queries": [sizes.matching_queries, sizes.grounding_queries]});
+            let settings = json!({
+                "tap": sizes.tap,
+                "width": sizes.d_model,
+                "heads": sizes.heads,
+                "feedforward": sizes.feedforward,
+                "layers": [sizes.encoder_layers, sizes.decoder_layers],
+                "queries": [sizes.matching_queries, sizes.grounding_queries],
+            });
             Ok((Model::new(unet, sizes, tensors, Vec::new(), scheduler)?, settings))
         })
     }

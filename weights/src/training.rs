@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device};
 use clap::Args;
-use diffusion::Pipeline;
+use diffusion::scheduler::SchedulerConfig;
+use diffusion::{Pipeline, UNet, Vae};
 use dpt_plugin::loss::{GroundingLoss, PresenceLoss};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -45,10 +46,10 @@ pub(crate) struct Training {
     #[arg(long)]
     batch: Option<usize>,
     /// Batches whose gradients are averaged for a step
-    #[arg(long, default_value_t = 1)]
-    accumulate: u64,
-    /// Highest learning rate
     #[arg(long)]
+    accumulate: Option<u64>,
+    /// Highest learning rate
+    #[arg(long, value_parser = not_negative)]
     lr: Option<f64>,
     /// Steps over which the learning rate rises
     #[arg(long, default_value_t = 0)]
@@ -57,20 +58,20 @@ pub(crate) struct Training {
     #[arg(long, value_enum)]
     decay: Option<Decay>,
     /// Share of a parameter that is taken away at each step, times the learning rate
-    #[arg(long, default_value_t = AdamWSettings::DEFAULT.weight_decay)]
+    #[arg(long, default_value_t = AdamWSettings::DEFAULT.weight_decay, value_parser = not_negative)]
     weight_decay: f64,
     /// Bound on the norm of the gradients
-    #[arg(long, default_value_t = 1.)]
+    #[arg(long, default_value_t = 1., value_parser = positive)]
     clip: f64,
     /// Whom pictures and captions are held against
     #[arg(long, value_enum, default_value = "triplets")]
     contrast: Contrast,
     /// Weight of the matching loss
-    #[arg(long, default_value_t = 1.)]
+    #[arg(long, default_value_t = 1., value_parser = not_negative)]
     matching: f64,
     /// Weight of the grounding loss
-    #[arg(long, default_value_t = 1.)]
-    grounding: f64,
+    #[arg(long, default_value_t = 1., value_parser = not_negative)]
+    pub(crate) grounding: f64,
     /// Teach the grounding probability by Eq. 7 alone, as in the paper, and not by cross-entropy
     #[arg(long)]
     paper_presence: bool,
@@ -89,6 +90,7 @@ pub(crate) struct Training {
 pub(crate) struct StageDefaults {
     pub(crate) steps: [u64; 2],
     pub(crate) batch: [usize; 2],
+    pub(crate) accumulate: [u64; 2],
     pub(crate) lr: [f64; 2],
     pub(crate) decay: [Decay; 2],
 }
@@ -113,62 +115,79 @@ impl Training {
         Ok(Prepared { pipeline, model_path, device, source })
     }
 
-    /// Trains and says how it ended. `settings` is what the stage adds.
+    fn objective(&self, denoising: f64) -> Objective {
+        let presence = if self.paper_presence { PresenceLoss::Paper } else { PresenceLoss::CrossEntropy };
+        Objective {
+            weights: LossWeights { matching: self.matching, grounding: self.grounding, denoising },
+            contrast: self.contrast,
+            grounding: GroundingLoss { presence, ..GroundingLoss::DEFAULT },
+        }
+    }
+
+    fn plan(&self, defaults: &StageDefaults, size: usize, settings: Value) -> Result<Plan> {
+        let plan = Plan {
+            folder: self.out.clone(),
+            steps: self.steps.unwrap_or(defaults.steps[size]),
+            accumulate: self.accumulate.unwrap_or(defaults.accumulate[size]),
+            optimiser: AdamWSettings { weight_decay: self.weight_decay, ..AdamWSettings::DEFAULT },
+            learning_rate: LearningRate {
+                peak: self.lr.unwrap_or(defaults.lr[size]),
+                warmup: self.warmup,
+                decay: self.decay.unwrap_or(defaults.decay[size]),
+            },
+            clip: self.clip,
+            save_every: self.save_every,
+            settings,
+        };
+        if [plan.steps, plan.accumulate, plan.save_every].contains(&0) {
+            return Err(Error::Request("--steps, --accumulate and --save-every start at 1".into()));
+        }
+        Ok(plan)
+    }
+
+    /// Trains and says how it ended. `make` gives the model and what the stage adds to the settings.
     pub(crate) fn train(
         &self,
         stage: &str,
         defaults: StageDefaults,
         denoising: f64,
         prepared: Prepared,
-        make: impl FnOnce(diffusion::UNet, &diffusion::scheduler::SchedulerConfig) -> Result<(Model, Value)>,
+        make: impl FnOnce(UNet, &SchedulerConfig) -> Result<(Model, Value)>,
     ) -> Result<()> {
         let Prepared { pipeline, model_path, device, source } = prepared;
         let size = usize::from(is_small(&pipeline));
-        let steps = self.steps.unwrap_or(defaults.steps[size]);
         let batch = self.batch.unwrap_or(defaults.batch[size]);
-        let learning_rate = LearningRate {
-            peak: self.lr.unwrap_or(defaults.lr[size]),
-            warmup: self.warmup,
-            decay: self.decay.unwrap_or(defaults.decay[size]),
-        };
-        if self.accumulate == 0 || self.save_every == 0 {
-            return Err(Error::Request("--accumulate and --save-every start at 1".into()));
+        let objective = self.objective(denoising);
+        if self.matching == 0. && self.grounding == 0. && denoising == 0. {
+            return Err(Error::Request("every loss has weight 0: there is nothing to learn".into()));
+        }
+        if self.matching != 0. && self.contrast == Contrast::InBatch && batch < 2 {
+            return Err(Error::Request("--contrast in-batch needs a --batch of at least 2".into()));
         }
         let Pipeline { text, unet, vae, scheduler } = pipeline;
-        let side = unet.config().sample_size.unwrap_or(64) * vae.config().latent_scale();
-        let side =
-            u32::try_from(side).map_err(|_| Error::Request(format!("pictures of {side} pixels are too large")))?;
-        let name = model_path.display().to_string();
-        let mut encoder = Encoder::new(text, vae, (side, side), &device, self.cache.clone(), &name)?;
+        let pixels = native_size(&unet, &vae)?;
+        let mut encoder = Encoder::new(text, vae, pixels, &device, self.cache.clone())?;
         let (mut model, added) = make(unet, &scheduler)?;
-        let presence = if self.paper_presence { PresenceLoss::Paper } else { PresenceLoss::CrossEntropy };
-        let objective = Objective {
-            weights: LossWeights { matching: self.matching, grounding: self.grounding, denoising },
-            contrast: self.contrast,
-            grounding: GroundingLoss { presence, ..GroundingLoss::DEFAULT },
-        };
         let mut settings = json!({
             "stage": stage,
-            "model": name,
+            "model": model_path,
             "data": source.describe(),
             "batch": batch,
             "contrast": format!("{:?}", self.contrast).to_lowercase(),
             "losses": {"matching": self.matching, "grounding": self.grounding, "denoising": denoising},
-            "presence": format!("{presence:?}").to_lowercase(),
+            "presence": format!("{:?}", objective.grounding.presence).to_lowercase(),
             "seed": self.seed,
         });
         settings.as_object_mut().expect("made above").extend(added.as_object().cloned().unwrap_or_default());
-        let plan = Plan {
-            folder: self.out.clone(),
-            steps,
-            accumulate: self.accumulate,
-            optimiser: AdamWSettings { weight_decay: self.weight_decay, ..AdamWSettings::DEFAULT },
-            learning_rate,
-            clip: self.clip,
-            save_every: self.save_every,
-            settings,
-        };
-        let batcher = Batcher::new(source.as_ref(), self.seed, batch, model.discriminator().timesteps())?;
+        let plan = self.plan(&defaults, size, settings)?;
+        let steps = plan.steps;
+        let batcher = Batcher::new(
+            source.as_ref(),
+            self.seed,
+            batch,
+            model.discriminator().timesteps(),
+            objective.needs_negatives(),
+        )?;
         let mut trainer = Trainer { model: &mut model, objective, batcher, encoder: &mut encoder, plan };
         let template = "{bar:32} {pos}/{len} {msg}, {elapsed} of {duration}";
         let bar = ProgressBar::new(steps).with_style(ProgressStyle::with_template(template).expect("valid"));
@@ -189,6 +208,22 @@ impl Training {
         }
         Ok(())
     }
+}
+
+pub(crate) fn not_negative(text: &str) -> std::result::Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.);
+    number.ok_or_else(|| "expected a finite number, 0 or more".into())
+}
+
+fn positive(text: &str) -> std::result::Result<f64, String> {
+    not_negative(text).ok().filter(|number| *number > 0.).ok_or_else(|| "expected a finite number above 0".into())
+}
+
+/// Width and height in pixels that a model was trained at.
+pub(crate) fn native_size(unet: &UNet, vae: &Vae) -> Result<(u32, u32)> {
+    let side = unet.config().sample_size.unwrap_or(64).saturating_mul(vae.config().latent_scale());
+    let side = u32::try_from(side).map_err(|_| Error::Request(format!("pictures of {side} pixels are too large")))?;
+    Ok((side, side))
 }
 
 /// Smaller than Stable Diffusion: text of less than 768 channels.

@@ -12,7 +12,7 @@ use weights::train::{Decay, LoraLayers, Model, untrained_lora};
 use weights::world::Random;
 use weights::{Error, Result};
 
-use crate::training::{StageDefaults, Training};
+use crate::training::{StageDefaults, Training, not_negative};
 
 #[derive(Args)]
 pub(crate) struct Tune {
@@ -21,14 +21,14 @@ pub(crate) struct Tune {
     /// The adapter of the first stage; LoRA in the file is trained on
     #[arg(long, value_name = "FILE")]
     adapter: PathBuf,
-    /// Rank of the low-rank changes
-    #[arg(long, default_value_t = 4)]
-    rank: usize,
-    /// Which attention gets them
-    #[arg(long, value_enum, default_value = "cross")]
-    layers: LoraLayers,
+    /// Rank of the low-rank changes [default: 4; that of the file where it holds LoRA]
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Which attention gets them [default: cross; that of the file where it holds LoRA]
+    #[arg(long, value_enum)]
+    layers: Option<LoraLayers>,
     /// Weight of the denoising loss
-    #[arg(long, default_value_t = 1.)]
+    #[arg(long, default_value_t = 1., value_parser = not_negative)]
     denoising: f64,
     /// Name of the U-Net block that the adapter reads, where its file does not say
     #[arg(long)]
@@ -36,17 +36,25 @@ pub(crate) struct Tune {
 }
 
 impl Tune {
-    const DEFAULTS: StageDefaults =
-        StageDefaults { steps: [5_000, 600], batch: [8, 16], lr: [1e-4, 2e-4], decay: [Decay::Cosine, Decay::Cosine] };
+    const DEFAULTS: StageDefaults = StageDefaults {
+        steps: [5_000, 600],
+        batch: [8, 16],
+        accumulate: [8, 1],
+        lr: [1e-4, 2e-4],
+        decay: [Decay::Cosine, Decay::Cosine],
+    };
 
     pub(crate) fn run(&self) -> Result<()> {
-        if self.rank == 0 {
+        if self.rank == Some(0) {
             return Err(Error::Request("--rank starts at 1".into()));
         }
         let prepared = self.training.prepare()?;
         let device = prepared.device.clone();
         let file = Checkpoint::open(&self.adapter, DType::F32, &device)?;
         let before = LoraFile::read(&file)?;
+        if let Some(warning) = before.warning() {
+            eprintln!("warning: {warning}");
+        }
         let hints = SizeHints { tap: self.tap.clone(), ..SizeHints::default() }.or(SizeHints::of_header(&file)?);
         let sizes = AdapterSizes::infer(&file.root(), hints).map_err(|e| Error::file(&self.adapter, e))?;
         let tensor = |name: String| -> Result<_> {
@@ -57,17 +65,22 @@ impl Tune {
         // The release's head for RoBERTa tokens is not trained.
         let of_adapter = |name: &String| !name.starts_with("contrastive_align_projection_");
         let adapter = file.unclaimed().into_iter().filter(of_adapter).map(tensor).collect::<Result<_>>()?;
-        let lora = match before.entries.is_empty() {
-            false => before.entries,
-            true => {
+        let lora = match (before.entries.is_empty(), self.rank, self.layers) {
+            (true, rank, layers) => {
                 let mut random = Random::new(self.training.seed, u64::MAX - 1);
-                untrained_lora(&prepared.pipeline.unet, self.layers, self.rank, &mut random)?
+                let layers = layers.unwrap_or(LoraLayers::Cross);
+                untrained_lora(&prepared.pipeline.unet, layers, rank.unwrap_or(4), &mut random)?
+            }
+            (false, None, None) => before.entries,
+            (false, ..) => {
+                let message = "holds LoRA, which is trained on as it is: --rank and --layers are for new ones";
+                return Err(Error::file(&self.adapter, message));
             }
         };
         self.training.train("tune", Self::DEFAULTS, self.denoising, prepared, |unet, scheduler| {
             let rank = lora.first().map_or(Ok(0), |entry| entry.down.dim(0))?;
-            let layers = format!("{:?}", self.layers).to_lowercase();
-            let settings = json!({"tap": sizes.tap, "adapter": self.adapter, "rank": rank, "layers": layers});
+            let modules = lora.len();
+            let settings = json!({"tap": sizes.tap, "adapter": self.adapter, "rank": rank, "lora_modules": modules});
             Ok((Model::new(unet, sizes, adapter, lora, scheduler)?, settings))
         })
     }

@@ -1,5 +1,6 @@
 use candle_core::Tensor;
 
+use super::cpu;
 use crate::{Result, Scope};
 
 /// `y = x W^T + b` over the last dimension; `W` is `[out, in]`.
@@ -25,6 +26,11 @@ impl Linear {
 
     /// `[.., in]` to `[.., out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(bias) = &self.bias
+            && let Some(y) = cpu::linear(x, &self.weight, bias)?
+        {
+            return Ok(y);
+        }
         let y = matmul_last(x, &self.weight.t()?)?;
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,

@@ -25,7 +25,8 @@ pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;
 pub(crate) mod kernels {
     pub use super::cpu::{
-        layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, softmax_rows, softmax_rows_vjp,
+        layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, softmax_rows,
+        softmax_rows_vjp,
     };
 }
 pub(crate) use linear::Linear;

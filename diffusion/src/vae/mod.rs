@@ -73,7 +73,9 @@ impl Vae {
     pub fn encode(&self, images: &Tensor) -> Result<LatentDistribution> {
         let scale = self.config.latent_scale();
         match images.dims() {
-            [_, channels, h, w] if *channels == self.config.in_channels && h % scale == 0 && w % scale == 0 => {}
+            [_, channels, h, w]
+                if *channels == self.config.in_channels
+                    && [h, w].iter().all(|side| **side > 0 && **side % scale == 0) => {}
             found => {
                 let channels = self.config.in_channels;
                 let message = format!(
@@ -98,7 +100,7 @@ impl Vae {
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let channels = self.config.latent_channels;
         match latents.dims() {
-            [_, found, _, _] if *found == channels => {}
+            [_, found, h, w] if *found == channels && *h > 0 && *w > 0 => {}
             found => {
                 return Err(Error::Input(format!("latents have shape {found:?}, expected [batch, {channels}, h, w]")));
             }

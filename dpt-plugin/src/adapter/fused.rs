@@ -3,7 +3,6 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use diffusion::kernels;
-use gemm::{Parallelism, gemm};
 
 /// Whether these operations take a tensor.
 pub(super) fn takes(x: &Tensor) -> bool {
@@ -51,35 +50,8 @@ impl CustomOp3 for Linear {
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let ((rows, inputs), outputs) = (x_layout.shape().dims2()?, weight_layout.shape().dims2()?.0);
-        let (x, weight) = (values(x, x_layout)?, values(weight, weight_layout)?);
-        let mut y = values(bias, bias_layout)?.repeat(rows);
-        let stride = |n: usize| n as isize;
-        // SAFETY: every pointer is to a row-major matrix of the size that is given: y `[rows, outputs]`, x `[rows, inputs]`,
-        // weight `[outputs, inputs]`, read transposed.
-        unsafe {
-            gemm(
-                rows,
-                outputs,
-                inputs,
-                y.as_mut_ptr(),
-                1,
-                stride(outputs),
-                true,
-                x.as_ptr(),
-                1,
-                stride(inputs),
-                weight.as_ptr(),
-                stride(inputs),
-                1,
-                1.,
-                1.,
-                false,
-                false,
-                false,
-                Parallelism::Rayon(0),
-            );
-        }
-        Ok((CpuStorage::F32(y), (rows, outputs).into()))
+        let (x, weight, bias) = (values(x, x_layout)?, values(weight, weight_layout)?, values(bias, bias_layout)?);
+        Ok((CpuStorage::F32(kernels::linear_rows(x, weight, bias, inputs)), (rows, outputs).into()))
     }
 
     fn bwd(

@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::AdapterSizes;
 use crate::Result;
@@ -91,7 +91,7 @@ impl AdapterSizes {
                     (0..count).map(|_| (2. * random(Draw::Uniform) - 1.) * bound).collect()
                 }
             };
-            Ok((name, Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(DType::F32)?.to_device(device)?))
+            Ok((name, Tensor::from_vec(values, shape, device)?))
         };
         self.tensors().into_iter().map(tensor).collect()
     }

@@ -123,9 +123,14 @@ impl AdapterSizes {
             let queries = self.queries();
             return Err(Error::Adapter(format!("0 matching queries of {queries}; expected 1 to {queries}")));
         }
-        if self.decoder_layers == 0 {
-            return Err(Error::Adapter("the decoder has no layers".into()));
+        let parts = [
+            ("the encoder has no layers", self.encoder_layers),
+            ("the decoder has no layers", self.decoder_layers),
+            ("the feed-forward layers have no hidden values", self.feedforward),
+        ];
+        match parts.iter().find(|(_, size)| *size == 0) {
+            Some((message, _)) => Err(Error::Adapter((*message).into())),
+            None => Ok(()),
         }
-        Ok(())
     }
 }

@@ -3,16 +3,10 @@ use candle_core::{D, Tensor};
 use crate::Result;
 
 /// `[.., 4]` (cx, cy, w, h) to (x0, y0, x1, y1), each `[..]`.
-pub fn corners(boxes: &Tensor) -> Result<[Tensor; 4]> {
+fn corners(boxes: &Tensor) -> Result<[Tensor; 4]> {
     let part = |i| boxes.narrow(D::Minus1, i, 1)?.squeeze(D::Minus1);
     let (cx, cy, w, h) = (part(0)?, part(1)?, (part(2)? * 0.5)?, (part(3)? * 0.5)?);
     Ok([(&cx - &w)?, (&cy - &h)?, (cx + w)?, (cy + h)?])
-}
-
-/// Intersection over union of boxes `[.., 4]` (cx, cy, w, h), pair by pair: `[..]`.
-pub fn iou(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let (intersection, union) = overlap(&corners(a)?, &corners(b)?)?;
-    Ok((intersection / (union + EPS)?)?)
 }
 
 /// Generalised IoU (arXiv 1902.09630): IoU less the share of the hull that neither covers; in (-1, 1].
@@ -45,27 +39,23 @@ mod tests {
 
     use super::*;
 
-    fn both(a: [f64; 4], b: [f64; 4]) -> (f64, f64) {
+    fn giou(a: [f64; 4], b: [f64; 4]) -> f64 {
         let tensor = |values: [f64; 4]| Tensor::new(&values, &Device::Cpu).unwrap();
-        let (a, b) = (tensor(a), tensor(b));
-        (iou(&a, &b).unwrap().to_scalar().unwrap(), generalized_iou(&a, &b).unwrap().to_scalar().unwrap())
+        generalized_iou(&tensor(a), &tensor(b)).unwrap().to_scalar().unwrap()
     }
 
     #[test]
     fn by_hand() {
-        let near = |found: (f64, f64), expected: (f64, f64)| {
-            assert!((found.0 - expected.0).abs() < 1e-6 && (found.1 - expected.1).abs() < 1e-6, "{found:?}");
-        };
+        let near = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-6, "{found} is not {expected}");
         let square = [0.5, 0.5, 0.2, 0.2];
-        near(both(square, square), (1., 1.));
+        near(giou(square, square), 1.);
         // Half of each overlaps: 0.02 of 0.06; their hull is their union.
-        near(both(square, [0.6, 0.5, 0.2, 0.2]), (1. / 3., 1. / 3.));
+        near(giou(square, [0.6, 0.5, 0.2, 0.2]), 1. / 3.);
         // Apart by their own width: the hull of three widths is empty by a third.
-        near(both(square, [0.9, 0.5, 0.2, 0.2]), (0., -1. / 3.));
+        near(giou(square, [0.9, 0.5, 0.2, 0.2]), -1. / 3.);
         // One within the other.
-        near(both(square, [0.5, 0.5, 0.1, 0.1]), (0.25, 0.25));
+        near(giou(square, [0.5, 0.5, 0.1, 0.1]), 0.25);
         // Nothing at all.
-        let (iou, giou) = both([0.5, 0.5, 0., 0.], [0.5, 0.5, 0., 0.]);
-        assert!(iou == 0. && giou.is_finite());
+        assert!(giou([0.5, 0.5, 0., 0.], [0.5, 0.5, 0., 0.]).is_finite());
     }
 }

@@ -174,6 +174,21 @@ mod tests {
         assert!((many.log.1.to_vec2::<f32>().unwrap()[0][0] - (1f32 / 7.).ln()).abs() < 1e-6);
     }
 
+    /// torch's `binary_cross_entropy_with_logits(logits, chosen, weight, reduction="sum") / weight.sum()`, weight 1 for the
+    /// chosen query and 0.1 for others.
+    #[test]
+    fn cross_entropy_as_in_pytorch() {
+        let logits = Tensor::new(&[[[0.3f32], [-1.2], [2.]], [[-0.5], [0.7], [0.1]]], &Device::Cpu).unwrap();
+        let (near, far) = ([0.5f32, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]);
+        let boxes = Tensor::new(&[[far, far, near], [near, far, far]], &Device::Cpu).unwrap();
+        let truth = Tensor::new(&[near, near], &Device::Cpu).unwrap();
+        let pooled = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let found = Grounding { class_logits: logits, boxes, semantic: None };
+        let terms = GroundingLoss::DEFAULT.terms(&found, &truth, &pooled).unwrap();
+        assert_eq!(terms.matched.to_vec1::<u32>().unwrap(), [2, 0]);
+        assert!((terms.presence.to_scalar::<f32>().unwrap() - 0.582_302_9).abs() < 1e-6);
+    }
+
     /// With the paper's term the queries that were not matched feel nothing, with cross-entropy theirs fall.
     #[test]
     fn cross_entropy_lowers_the_others() {

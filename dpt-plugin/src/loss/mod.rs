@@ -4,6 +4,6 @@ mod boxes;
 mod grounding;
 mod matching;
 
-pub use boxes::{corners, generalized_iou, iou};
+pub use boxes::generalized_iou;
 pub use grounding::{GroundingLoss, GroundingTerms, GroundingWeights, Presence, PresenceLoss};
 pub use matching::{in_batch_loss, pair_scores, scores_of_texts, triplet_loss};

@@ -26,36 +26,36 @@ pub struct Encoder {
     latents: HashMap<String, Tensor>,
     texts: HashMap<String, (Tensor, Tensor)>,
     folder: Option<PathBuf>,
-    /// Told apart in the folder: what else the latents depend on.
-    model: String,
+    /// In the folder, latents of another autoencoder are told apart by this.
+    fingerprint: u128,
 }
 
 impl Encoder {
     /// Texts that are remembered; SD 2's take 300 KB each.
     const MOST_TEXTS: usize = 8192;
+    /// Bytes of latents that are remembered in memory. Beyond, all are forgotten: those in the folder are read again.
+    const MOST_LATENTS: usize = 8 << 30;
     /// Pictures that are encoded together.
     const BATCH: usize = 16;
 
-    /// Pictures are stretched to `size`. `model` names the autoencoder in the folder of latents.
-    pub fn new(
-        text: TextModel,
-        vae: Vae,
-        size: (u32, u32),
-        device: &Device,
-        folder: Option<PathBuf>,
-        model: &str,
-    ) -> Result<Self> {
+    /// Pictures are stretched to `size`, width and height in pixels.
+    pub fn new(text: TextModel, vae: Vae, size: (u32, u32), device: &Device, folder: Option<PathBuf>) -> Result<Self> {
         if let Some(folder) = &folder {
             std::fs::create_dir_all(folder).map_err(|e| crate::Error::file(folder, e))?;
         }
+        let fingerprint = fingerprint(&vae, device)?;
         let (latents, texts) = (HashMap::new(), HashMap::new());
-        Ok(Self { text, vae, device: device.clone(), size, latents, texts, folder, model: model.into() })
+        Ok(Self { text, vae, device: device.clone(), size, latents, texts, folder, fingerprint })
     }
 
     /// Scaled latents of pictures, `[n, channels, h, w]` in f32: the mean of the distribution that the autoencoder gives, so
     /// that they can be remembered.
     pub fn latents(&mut self, pictures: &[&Picture]) -> Result<Tensor> {
         let names = pictures.iter().map(|picture| picture.name()).collect::<Result<Vec<_>>>()?;
+        let bytes = self.latents.values().next().map_or(0, |latents| 4 * latents.elem_count());
+        if bytes * self.latents.len() > Self::MOST_LATENTS {
+            self.latents.clear();
+        }
         let mut missing: Vec<(&str, &Picture)> = Vec::new();
         for (name, picture) in names.iter().zip(pictures) {
             if self.latents.contains_key(name) || missing.iter().any(|(other, _)| other == name) {
@@ -107,7 +107,7 @@ impl Encoder {
     }
 
     fn file(&self, name: &str) -> Option<PathBuf> {
-        let key = format!("{} {}x{} {name}", self.model, self.size.0, self.size.1);
+        let key = format!("{:032x} {}x{} {name}", self.fingerprint, self.size.0, self.size.1);
         let hash = xxhash_rust::xxh3::xxh3_128(key.as_bytes());
         self.folder.as_ref().map(|folder| folder.join(format!("{hash:032x}.safetensors")))
     }
@@ -123,4 +123,13 @@ impl Encoder {
         let Some(path) = self.file(name) else { return Ok(()) };
         Ok(save_safetensors(&path, [("latents".to_owned(), RawTensor::of(latents)?)], Default::default())?)
     }
+}
+
+/// Changes with the autoencoder's weights: what it makes of a fixed picture.
+fn fingerprint(vae: &Vae, device: &Device) -> Result<u128> {
+    let side = 8 * vae.config().latent_scale();
+    let values: Vec<f32> = (0..3 * side * side).map(|i| (i as f32 * 0.37).sin()).collect();
+    let latents = vae.encode(&Tensor::from_vec(values, (1, 3, side, side), device)?)?.mean;
+    let latents = (latents * vae.config().scaling_factor)?;
+    Ok(xxhash_rust::xxh3::xxh3_128(&RawTensor::of(&latents)?.data))
 }

@@ -93,6 +93,9 @@ fn example(folder: &Path, line: Line) -> Result<Example> {
     let (width, height) = picture::size(&image)?;
     let hard_images: Vec<PathBuf> = line.hard_images.iter().map(|file| folder.join(file)).collect();
     hard_images.iter().try_for_each(|file| picture::size(file).map(|_| ()))?;
+    if hard_images.contains(&image) {
+        return Err(Error::Request(format!("`hard_images` has the picture itself: {}", line.image.display())));
+    }
     let expression = |e: LineExpression| {
         some("an expression's `text`", &e.text)?;
         let [x, y, w, h] = e.bounding_box;
@@ -104,7 +107,10 @@ fn example(folder: &Path, line: Line) -> Result<Example> {
                 format!("the box {:?} of \"{}\" is not in the picture of {width}x{height}", e.bounding_box, e.text);
             return Err(Error::Request(message));
         }
-        let bounding_box = [(x + w / 2.) / right, (y + h / 2.) / bottom, w / right, h / bottom].map(|v| v as f32);
+        let (x0, y0, x1, y1) = (x.max(0.), y.max(0.), (x + w).min(right), (y + h).min(bottom));
+        let centre = [(x0 + x1) / 2. / right, (y0 + y1) / 2. / bottom];
+        let size = [(x1 - x0) / right, (y1 - y0) / bottom];
+        let bounding_box = [centre[0], centre[1], size[0], size[1]].map(|v| v as f32);
         Ok(Expression { text: e.text, bounding_box })
     };
     Ok(Example {

@@ -58,6 +58,9 @@ pub fn read(path: &Path) -> Result<Rgb> {
     limits.max_alloc = Some(1 << 30);
     reader.limits(limits);
     let image = reader.decode().map_err(|e| Error::file(path, format!("not a readable PNG or JPEG: {e}")))?;
+    if image.color().has_alpha() && image.to_rgba8().pixels().any(|pixel| pixel.0[3] != u8::MAX) {
+        return Err(Error::file(path, "the picture has transparent pixels; put it on a background first"));
+    }
     let rgb = image.into_rgb8();
     Ok(Rgb { width: rgb.width(), height: rgb.height(), pixels: rgb.into_raw() })
 }

@@ -1,14 +1,16 @@
 //! `weights eval generate`: how well generated pictures fit their captions.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device};
 use clap::Args;
+use diffusion::Checkpoint;
 use host_demo::{Curve, Figure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use weights::Result;
 use weights::evaluate::{Alignment, Sampling, Share, Variant, generative, wilson};
 use weights::world::{Category, Split};
+use weights::{Error, Result};
 
 use crate::training::model_or_shipped;
 
@@ -28,10 +30,10 @@ pub(crate) struct Generate {
     #[arg(long, value_name = "FILE")]
     lora: Vec<PathBuf>,
     /// Captions of each split
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = at_least_one)]
     captions: usize,
     /// Pictures of each caption
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = at_least_one)]
     seeds: usize,
     /// Only this split
     #[arg(long, value_enum)]
@@ -52,7 +54,7 @@ pub(crate) struct Generate {
     #[arg(long, value_name = "FILE.json")]
     json: Option<PathBuf>,
     /// Draw alignment over eta
-    #[arg(long, value_name = "FILE.png")]
+    #[arg(long, value_name = "FILE.png", requires = "adapter")]
     plot: Option<PathBuf>,
 }
 
@@ -67,6 +69,7 @@ impl Generate {
     pub(crate) fn run(&self) -> Result<()> {
         self.json.iter().chain(&self.plot).try_for_each(|path| host_demo::check_output(path))?;
         let model = model_or_shipped(self.model.as_deref())?;
+        self.check()?;
         let sampling = Sampling {
             steps: self.steps,
             guidance: self.guidance,
@@ -98,24 +101,39 @@ impl Generate {
                     "eta": variant.eta,
                     "alignment": found,
                 }));
+                // After every variant: what took hours is not lost with what comes after.
+                self.write_json(&model, &records)?;
             }
-        }
-        if let Some(path) = &self.json {
-            let all = json!({
-                "model": model,
-                "steps": self.steps,
-                "guidance": self.guidance,
-                "captions": self.captions,
-                "seeds": self.seeds,
-                "seed": self.seed,
-                "results": Value::from(records),
-            });
-            host_demo::write_whole(path, serde_json::to_string_pretty(&all).expect("plain data").as_bytes())?;
         }
         if let Some(path) = &self.plot {
             self.figure(&points).draw()?.save_png(path, &[])?;
         }
         Ok(())
+    }
+
+    /// Fails before anything is sampled where it would fail after.
+    fn check(&self) -> Result<()> {
+        if self.captions * self.seeds < 2 {
+            return Err(Error::Request("one picture has no Frechet distance: more --captions or --seeds".into()));
+        }
+        for path in self.adapter.iter().chain(&self.lora) {
+            Checkpoint::open(path, DType::F32, &Device::Cpu)?;
+        }
+        Ok(())
+    }
+
+    fn write_json(&self, model: &Path, records: &[Value]) -> Result<()> {
+        let Some(path) = &self.json else { return Ok(()) };
+        let all = json!({
+            "model": model,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "captions": self.captions,
+            "seeds": self.seeds,
+            "seed": self.seed,
+            "results": records,
+        });
+        Ok(host_demo::write_whole(path, serde_json::to_string_pretty(&all).expect("plain data").as_bytes())?)
     }
 
     /// The base model, every LoRA alone, and every adapter at every eta.

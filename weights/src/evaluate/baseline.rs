@@ -16,7 +16,7 @@ pub struct Baselines {
     /// Both.
     pub overall: Share,
     /// Of the boxes that an example's expressions name, the expression's own is that in which its text helps most against no
-    /// text (Local Denoising). Unlike the grounding heads it is given the boxes.
+    /// text (Local Denoising). Unlike the grounding heads it is given the boxes; examples with one are left out.
     pub boxes: Share,
 }
 
@@ -67,7 +67,8 @@ impl Errors<'_> {
                 candidates.push(expression.bounding_box);
             }
         }
-        for expression in &example.expressions {
+        // One box alone cannot be mistaken.
+        for expression in example.expressions.iter().filter(|_| candidates.len() > 1) {
             let help = (&without - self.of(&own, &expression.text, encoder)?)?.to_vec2::<f32>()?;
             let best = candidates.iter().max_by(|a, b| within(&help, **a).total_cmp(&within(&help, **b)));
             let best = best.expect("at least the expression's own");

@@ -48,7 +48,7 @@ pub struct Alignment {
     pub by_category: BTreeMap<Category, Share>,
     /// Of all.
     pub all: Share,
-    /// Frechet distance to drawn scenes of the same captions, in the space of [`features`].
+    /// Frechet distance to drawn scenes of the same proportions of captions, in the space of [`features`].
     pub frechet: f64,
 }
 
@@ -59,7 +59,7 @@ pub fn captions(split: Split, count: usize, seed: u64) -> Vec<Caption> {
 
 /// Side of the grid of [`features`].
 const GRID: usize = 4;
-/// Draws of a caption's scene that its pictures are held against.
+/// Drawn scenes for each caption.
 const DRAWS: u64 = 4;
 
 /// A picture's place in the space of the Frechet distance: its latents (the mean of the autoencoder's distribution, scaled),

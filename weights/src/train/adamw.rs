@@ -22,27 +22,31 @@ impl AdamWSettings {
     pub const DEFAULT: Self = Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 1e-2 };
 }
 
+/// What [`AdamW`] remembers of a parameter.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    /// Steps in which it had a gradient.
+    pub steps: u64,
+    /// Mean gradient.
+    pub mean: Tensor,
+    /// Mean squared gradient.
+    pub square: Tensor,
+}
+
 /// Adam with decoupled weight decay (arXiv 1711.05101, Algorithm 2), as PyTorch's, with a state that can be saved.
 pub struct AdamW {
     settings: AdamWSettings,
-    steps: u64,
-    /// Means of gradient and squared gradient, by parameter.
-    moments: BTreeMap<String, (Tensor, Tensor)>,
+    moments: BTreeMap<String, Moments>,
 }
 
 impl AdamW {
-    /// Before the first step.
-    pub fn new(settings: AdamWSettings) -> Self {
-        Self { settings, steps: 0, moments: BTreeMap::new() }
+    /// Before the first step, or after those that left these moments.
+    pub fn new(settings: AdamWSettings, moments: BTreeMap<String, Moments>) -> Self {
+        Self { settings, moments }
     }
 
-    /// After `steps` steps, with the moments that they left.
-    pub fn resumed(settings: AdamWSettings, steps: u64, moments: BTreeMap<String, (Tensor, Tensor)>) -> Self {
-        Self { settings, steps, moments }
-    }
-
-    /// Means of gradient and squared gradient, by parameter.
-    pub fn moments(&self) -> &BTreeMap<String, (Tensor, Tensor)> {
+    /// By parameter.
+    pub fn moments(&self) -> &BTreeMap<String, Moments> {
         &self.moments
     }
 
@@ -54,24 +58,23 @@ impl AdamW {
         learning_rate: f64,
     ) -> Result<()> {
         let AdamWSettings { beta1, beta2, eps, weight_decay } = self.settings;
-        self.steps += 1;
-        let correction = |beta: f64| 1. - beta.powf(self.steps as f64);
         for (name, gradient) in gradients {
             let parameter = parameters
                 .get(name)
                 .ok_or_else(|| Error::Request(format!("a gradient for `{name}`, which is no parameter")))?;
-            let zero = || gradient.zeros_like();
-            let (mean, square) = match self.moments.remove(name) {
+            let Moments { steps, mean, square } = match self.moments.remove(name) {
                 Some(moments) => moments,
-                None => (zero()?, zero()?),
+                None => Moments { steps: 0, mean: gradient.zeros_like()?, square: gradient.zeros_like()? },
             };
+            let steps = steps + 1;
+            let correction = |beta: f64| 1. - beta.powf(steps as f64);
             let mean = ((mean * beta1)? + (gradient * (1. - beta1))?)?;
             let square = ((square * beta2)? + (gradient.sqr()? * (1. - beta2))?)?;
             let deviation = ((&square / correction(beta2))?.sqrt()? + eps)?;
             let change = ((&mean * (learning_rate / correction(beta1)))? / deviation)?;
             let kept = (parameter.as_detached_tensor() * (1. - learning_rate * weight_decay))?;
             parameter.set(&(kept - change)?)?;
-            self.moments.insert(name.clone(), (mean, square));
+            self.moments.insert(name.clone(), Moments { steps, mean, square });
         }
         Ok(())
     }
@@ -103,7 +106,7 @@ mod tests {
     fn as_in_pytorch() {
         let parameter = Var::new(&[2f32, -1.], &Device::Cpu).unwrap();
         let parameters = BTreeMap::from([("w".to_owned(), parameter.clone())]);
-        let mut optimiser = AdamW::new(AdamWSettings::DEFAULT);
+        let mut optimiser = AdamW::new(AdamWSettings::DEFAULT, BTreeMap::new());
         for gradient in [[0.5f32, -2.], [0.1, 1.], [-0.3, 0.2]] {
             let gradients = BTreeMap::from([("w".to_owned(), Tensor::new(&gradient, &Device::Cpu).unwrap())]);
             optimiser.step(&parameters, &gradients, 0.1).unwrap();
@@ -114,6 +117,22 @@ mod tests {
     }
 
     const ADAMW: [f32; 2] = [1.792_910_8, -0.855_786_03];
+
+    /// A parameter whose first gradient comes late begins as all do: by about the learning rate.
+    #[test]
+    fn a_late_first_gradient_is_a_first_one() {
+        let parameter = || Var::new(&[2f32], &Device::Cpu).unwrap();
+        let parameters = BTreeMap::from([("early".to_owned(), parameter()), ("late".to_owned(), parameter())]);
+        let gradient = |name: &str| (name.to_owned(), Tensor::new(&[0.5f32], &Device::Cpu).unwrap());
+        let mut optimiser = AdamW::new(AdamWSettings::DEFAULT, BTreeMap::new());
+        for _ in 0..100 {
+            optimiser.step(&parameters, &BTreeMap::from([gradient("early")]), 1e-4).unwrap();
+        }
+        let before = parameters["late"].to_vec1::<f32>().unwrap()[0];
+        optimiser.step(&parameters, &BTreeMap::from([gradient("late")]), 0.1).unwrap();
+        let moved = before - parameters["late"].to_vec1::<f32>().unwrap()[0];
+        assert!((moved - 0.102).abs() < 1e-4, "moved by {moved}");
+    }
 
     #[test]
     fn clipping_keeps_directions_and_small_gradients() {

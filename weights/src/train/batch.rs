@@ -8,16 +8,26 @@ use crate::{Error, Result};
 
 /// What one backward pass is made of; B items.
 pub struct Batch {
-    /// The items' latents, those of a hard and of a random negative picture each: `[B, C, h, w]`.
-    pub latents: [Tensor; 3],
-    /// The items' captions, a hard and a random negative each.
-    pub captions: [TextBatch; 3],
+    /// The items' latents, `[B, C, h, w]`.
+    pub latents: Tensor,
+    /// Their captions.
+    pub captions: TextBatch,
+    /// What they are held against, where that is asked for.
+    pub negatives: Option<Negatives>,
     /// Noise that an item's pictures share, `[B, C, h, w]`.
     pub noise: Tensor,
     /// One timestep per item.
     pub timesteps: Vec<usize>,
     /// Items that have an expression, their texts, and the boxes `[n, 4]` (cx, cy, w, h); none when no item has.
     pub grounding: Option<(Vec<u32>, TextBatch, Tensor)>,
+}
+
+/// For every item, what is nearly right, and something else at random.
+pub struct Negatives {
+    /// Latents of a hard and of a random picture.
+    pub latents: [Tensor; 2],
+    /// A hard and a random caption.
+    pub captions: [TextBatch; 2],
 }
 
 /// Draws batches. What a batch holds depends on the seed and its number alone, so that training can be resumed exactly.
@@ -28,18 +38,20 @@ pub struct Batcher<'a> {
     size: usize,
     /// Training timesteps.
     timesteps: usize,
+    /// Whether batches have negatives.
+    negatives: bool,
 }
 
 impl<'a> Batcher<'a> {
-    /// Of batches of `size` items. Fails when the source has no two captions to tell apart.
-    pub fn new(source: &'a dyn Source, seed: u64, size: usize, timesteps: usize) -> Result<Self> {
+    /// Of batches of `size` items, with `negatives` or without. Fails when there are no two examples to tell apart.
+    pub fn new(source: &'a dyn Source, seed: u64, size: usize, timesteps: usize, negatives: bool) -> Result<Self> {
         if size == 0 || source.len() < 2 {
             let found = source.len();
             return Err(Error::Request(format!(
                 "batches of {size} from {found} example(s); expected 1 from 2 or more"
             )));
         }
-        Ok(Self { source, seed, size, timesteps })
+        Ok(Self { source, seed, size, timesteps, negatives })
     }
 
     /// The indices of the examples of the `number`-th batch: every example once before any comes again.
@@ -64,28 +76,9 @@ impl<'a> Batcher<'a> {
         let mut random = Random::new(self.seed, number);
         let indices = self.indices(number);
         let items = indices.iter().map(|i| self.source.example(*i)).collect::<Result<Vec<_>>>()?;
-        let others = items.iter().map(|item| self.other(item, &mut random)).collect::<Result<Vec<_>>>()?;
-        // Examples without hard negatives get another random one.
-        let spare = items.iter().map(|item| self.other(item, &mut random)).collect::<Result<Vec<_>>>()?;
-        let (mut hard_pictures, mut hard_captions) = (Vec::new(), Vec::new());
-        for (item, spare) in items.iter().zip(&spare) {
-            let pictures = &item.hard_pictures;
-            hard_pictures.push(if pictures.is_empty() { &spare.picture } else { random.choose(pictures) });
-            let captions = &item.hard_captions;
-            hard_captions.push(if captions.is_empty() { spare.caption.as_str() } else { random.choose(captions) });
-        }
-        let pictures = |of: &'_ [Example]| of.iter().map(|e| &e.picture).cloned().collect::<Vec<_>>();
-        let (own, other) = (pictures(&items), pictures(&others));
-        let latents = [
-            encoder.latents(&own.iter().collect::<Vec<_>>())?,
-            encoder.latents(&hard_pictures)?,
-            encoder.latents(&other.iter().collect::<Vec<_>>())?,
-        ];
-        let captions = [
-            encoder.texts(&items.iter().map(|e| e.caption.as_str()).collect::<Vec<_>>())?,
-            encoder.texts(&hard_captions)?,
-            encoder.texts(&others.iter().map(|e| e.caption.as_str()).collect::<Vec<_>>())?,
-        ];
+        let latents = encoder.latents(&items.iter().map(|item| &item.picture).collect::<Vec<_>>())?;
+        let captions = encoder.texts(&items.iter().map(|item| item.caption.as_str()).collect::<Vec<_>>())?;
+        let negatives = self.negatives.then(|| self.negatives(&items, encoder, &mut random)).transpose()?;
         let (mut rows, mut phrases, mut boxes) = (Vec::new(), Vec::new(), Vec::new());
         for (row, item) in items.iter().enumerate().filter(|(_, item)| !item.expressions.is_empty()) {
             let expression = random.choose(&item.expressions);
@@ -100,10 +93,29 @@ impl<'a> Batcher<'a> {
                 Some((rows, encoder.texts(&phrases)?, boxes))
             }
         };
-        let shape = latents[0].shape().clone();
+        let shape = latents.shape().clone();
         let noise = Tensor::from_vec(random.normals(shape.elem_count()), shape, device)?.to_dtype(DType::F32)?;
         let timesteps = (0..self.size).map(|_| random.below(self.timesteps)).collect();
-        Ok(Batch { latents, captions, noise, timesteps, grounding })
+        Ok(Batch { latents, captions, negatives, noise, timesteps, grounding })
+    }
+
+    fn negatives(&self, items: &[Example], encoder: &mut Encoder, random: &mut Random) -> Result<Negatives> {
+        let others = items.iter().map(|item| self.other(item, random)).collect::<Result<Vec<_>>>()?;
+        // Examples without hard negatives get another random one.
+        let spare = items.iter().map(|item| self.other(item, random)).collect::<Result<Vec<_>>>()?;
+        let (mut pictures, mut captions) = (Vec::new(), Vec::new());
+        for (item, spare) in items.iter().zip(&spare) {
+            let hard = &item.hard_pictures;
+            pictures.push(if hard.is_empty() { &spare.picture } else { random.choose(hard) });
+            let hard = &item.hard_captions;
+            captions.push(if hard.is_empty() { spare.caption.as_str() } else { random.choose(hard) });
+        }
+        let other_pictures: Vec<_> = others.iter().map(|other| &other.picture).collect();
+        let other_captions: Vec<_> = others.iter().map(|other| other.caption.as_str()).collect();
+        Ok(Negatives {
+            latents: [encoder.latents(&pictures)?, encoder.latents(&other_pictures)?],
+            captions: [encoder.texts(&captions)?, encoder.texts(&other_captions)?],
+        })
     }
 
     /// Another example with another caption.
@@ -119,5 +131,27 @@ impl<'a> Batcher<'a> {
             "nearly every example has the caption \"{}\": nothing to tell it from",
             item.caption
         )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::ShapesSource;
+
+    /// Over batches that do not divide the examples, and epochs whose order differs.
+    #[test]
+    fn every_example_comes_once_before_any_comes_again() {
+        let source = ShapesSource { seed: 0, split: None, len: 10 };
+        let batcher = Batcher::new(&source, 3, 4, 1000, true).unwrap();
+        let drawn: Vec<usize> = (0..10).flat_map(|number| batcher.indices(number)).collect();
+        let mut orders: Vec<Vec<usize>> = drawn.chunks(10).map(<[usize]>::to_vec).collect();
+        assert_ne!(orders[0], orders[1]);
+        for order in &mut orders {
+            order.sort();
+            assert_eq!(*order, (0..10).collect::<Vec<_>>());
+        }
+        assert_eq!(batcher.indices(7), batcher.indices(7));
+        assert!(Batcher::new(&ShapesSource { len: 1, ..source }, 3, 4, 1000, true).is_err());
     }
 }

@@ -18,9 +18,13 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Of the run in `folder`. What an interrupted run wrote up to `step` is kept, what it wrote after is dropped.
+    /// The name of the JSON Lines file in a run's folder.
+    pub const FILE: &'static str = "metrics.jsonl";
+
+    /// Of the run in `folder`. What an interrupted run wrote up to `step` is kept, what it wrote after is
+    /// dropped, but for the event file of that time.
     pub fn open(folder: &Path, step: u64) -> Result<Self> {
-        let path = folder.join("metrics.jsonl");
+        let path = folder.join(Self::FILE);
         let mut history = BTreeMap::<String, Vec<_>>::new();
         let mut kept = String::new();
         if step > 0 && path.is_file() {
@@ -62,13 +66,16 @@ impl Metrics {
         (!last.is_empty()).then(|| last.iter().map(|(_, value)| value).sum::<f64>() / last.len() as f64)
     }
 
-    /// Draws the named numbers over the steps, smoothed, as a PNG.
+    /// Draws the named numbers over the steps, smoothed, as a PNG; nothing where there are none.
     pub fn plot(&self, path: &Path, names: &[&str]) -> Result<()> {
         let curve = |name: &&str| {
             let points = smoothed(self.history.get(*name)?);
             Some(Curve { label: (*name).to_owned(), points })
         };
-        let curves = names.iter().filter_map(curve).collect();
+        let curves: Vec<_> = names.iter().filter_map(curve).collect();
+        if curves.is_empty() {
+            return Ok(());
+        }
         let axes = ("step".into(), "loss, smoothed".into());
         let figure = Figure { columns: Vec::new(), rows: Vec::new(), curves, axes };
         Ok(figure.draw()?.save_png(path, &[])?)

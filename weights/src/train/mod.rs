@@ -11,8 +11,8 @@ mod objective;
 mod run;
 mod state;
 
-pub use adamw::{AdamW, AdamWSettings};
-pub use batch::{Batch, Batcher};
+pub use adamw::{AdamW, AdamWSettings, Moments};
+pub use batch::{Batch, Batcher, Negatives};
 pub use event_file::EventFile;
 pub use learning_rate::{Decay, LearningRate};
 pub use metrics::Metrics;

@@ -121,8 +121,13 @@ impl Model {
         parameter_dtype(self.discriminator.unet())
     }
 
-    /// Merges the factors as they are now. To be called after every step.
+    /// Makes what follows from the parameters follow: bounds the temperature and merges the factors as they are now. To be
+    /// called after every step.
     pub fn refresh(&mut self) -> Result<()> {
+        // 1 / tau stays below this, as CLIP has it.
+        const MOST_SCALE: f64 = 100.;
+        let scale = &self.parameters["logit_scale"];
+        scale.set(&scale.as_detached_tensor().minimum(MOST_SCALE.ln())?)?;
         if !self.lora.is_empty() {
             self.discriminator.unet.restore_lora();
             let detach = |e: &LoraEntry| LoraEntry { down: e.down.detach(), up: e.up.detach(), ..e.clone() };

@@ -4,16 +4,17 @@ use candle_core::{DType, Tensor, Var};
 use diffusion::Tape;
 use dpt_plugin::loss::{GroundingLoss, in_batch_loss, pair_scores, scores_of_texts, triplet_loss};
 
-use super::{Batch, Model};
-use crate::Result;
+use super::{Batch, Model, Negatives};
 use crate::discriminator::as_f64;
+use crate::{Error, Result};
 
 /// Whom a picture and its caption are held against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Contrast {
     /// One hard and one random negative of each (release): five passes to the tap per item.
     Triplets,
-    /// Every other caption of the batch (Eq. 3-4): one pass per item.
+    /// Every other caption of the batch (Eq. 3-4): one pass per item. Items with the same caption are held against each other
+    /// too, as in the paper.
     InBatch,
 }
 
@@ -45,9 +46,6 @@ pub type Losses = BTreeMap<&'static str, f64>;
 /// Gradients by parameter.
 pub type Gradients = BTreeMap<String, Tensor>;
 
-/// 1 / tau is kept below this, as CLIP does.
-const MOST_SCALE: f32 = 100.;
-
 /// Rows of one run to the tap: latents at the items' timesteps with texts.
 struct Rows {
     latents: Vec<Tensor>,
@@ -78,82 +76,33 @@ impl Objective {
     fn discriminate(&self, model: &Model, batch: &Batch, losses: &mut Losses, gradients: &mut Gradients) -> Result<()> {
         let LossWeights { matching, grounding, .. } = self.weights;
         let grounded = batch.grounding.as_ref().filter(|_| grounding != 0.);
-        let b = batch.timesteps.len();
-        let (discriminator, timesteps) = (model.discriminator(), as_f64(&batch.timesteps));
-        let wide = |t: &Tensor| t.to_dtype(model.dtype());
-        let noise = wide(&batch.noise)?;
-        let noised = |i: usize| discriminator.noised(&wide(&batch.latents[i])?, &noise, &batch.timesteps);
-        let (own, captions) = (noised(0)?, &batch.captions);
-        let mut rows = Rows { latents: Vec::new(), texts: Vec::new(), timesteps: Vec::new() };
-        if matching != 0. {
-            rows.add(&own, &captions[0].hidden, &timesteps);
-            if self.contrast == Contrast::Triplets {
-                rows.add(&own, &captions[1].hidden, &timesteps);
-                rows.add(&own, &captions[2].hidden, &timesteps);
-                rows.add(&noised(1)?, &captions[0].hidden, &timesteps);
-                rows.add(&noised(2)?, &captions[0].hidden, &timesteps);
-            }
-        }
-        let pairs = rows.timesteps.len();
-        if let Some((items, phrases, _)) = grounded {
-            let index = Tensor::new(&items[..], own.device())?;
-            let at: Vec<f64> = items.iter().map(|i| timesteps[*i as usize]).collect();
-            rows.add(&own.index_select(&index, 0)?, &phrases.hidden, &at);
-        }
+        let rows = self.rows(model, batch)?;
         if rows.timesteps.is_empty() {
             return Ok(());
         }
-        let adapter = discriminator.adapter();
+        let (discriminator, adapter) = (model.discriminator(), model.discriminator().adapter());
         let features = Features::compute(model, &rows)?;
         let queries = adapter.queries(features.tensor(), &rows.timesteps)?;
         let queries = queries.get(queries.dim(0)? - 1)?;
+        // The rows of the grounding loss are the last.
+        let pairs = rows.timesteps.len() - grounded.map_or(0, |(items, _, _)| items.len());
 
-        let mut total: Option<Tensor> = None;
-        let mut add = |loss: Tensor, weight: f64| -> Result<()> {
-            let weighted = (loss * weight)?;
-            total = Some(match total.take() {
-                None => weighted,
-                Some(sum) => (sum + weighted)?,
-            });
-            Ok(())
-        };
+        let mut total = Tensor::zeros((), model.dtype(), queries.device())?;
         if matching != 0. {
-            let h = adapter.matching(&queries.narrow(0, 0, pairs)?)?;
-            let scale = adapter.logit_scale().exp()?.minimum(MOST_SCALE)?;
-            let (t2i, i2t, right) = match self.contrast {
-                Contrast::InBatch => {
-                    let scores = scores_of_texts(&h, &wide(&captions[0].pooled)?)?;
-                    let (t2i, i2t) = in_batch_loss(&scores, &scale)?;
-                    let own = scores.mul(&Tensor::eye(b, scores.dtype(), scores.device())?)?.sum(1)?;
-                    (t2i, i2t, own)
-                }
-                Contrast::Triplets => {
-                    let [own, hard, random] = captions;
-                    let texts = [&own.pooled, &hard.pooled, &random.pooled, &own.pooled, &own.pooled];
-                    let scores = pair_scores(&h, &wide(&Tensor::cat(&texts, 0)?)?)?.reshape((5, b))?;
-                    let others = |i: usize| scores.narrow(0, i, 2)?.t()?.contiguous();
-                    let positive = scores.get(0)?;
-                    let (t2i, i2t) = triplet_loss(&positive, &others(3)?, &others(1)?, &scale)?;
-                    (t2i, i2t, positive)
-                }
-            };
-            losses.insert("text_to_image", scalar(&t2i)?);
-            losses.insert("image_to_text", scalar(&i2t)?);
-            losses.insert("score", scalar(&right.mean_all()?)?);
-            add((t2i + i2t)?, matching)?;
+            let loss = self.matching_loss(model, batch, &queries.narrow(0, 0, pairs)?, losses)?;
+            total = (total + (loss * matching)?)?;
         }
         if let Some((items, phrases, boxes)) = grounded {
             let found = adapter.grounding(&queries.narrow(0, pairs, items.len())?)?;
-            let terms = self.grounding.terms(&found, &wide(boxes)?, &phrases.pooled)?;
+            let terms = self.grounding.terms(&found, &boxes.to_dtype(model.dtype())?, &phrases.pooled)?;
             losses.insert("presence", scalar(&terms.presence)?);
             losses.insert("box_l1", scalar(&terms.l1)?);
             losses.insert("box_giou", scalar(&terms.giou)?);
             if let Some(contrast) = &terms.contrast {
                 losses.insert("text_to_object", scalar(contrast)?);
             }
-            add(self.grounding.total(&terms)?, grounding)?;
+            total = (total + (self.grounding.total(&terms)? * grounding)?)?;
         }
-        let total = total.expect("there are rows");
         *losses.entry("loss").or_default() += scalar(&total)?;
         let mut store = total.backward()?;
         for (name, variable) in model.parameters() {
@@ -169,15 +118,85 @@ impl Objective {
         Ok(())
     }
 
+    /// What the losses with a weight ask the adapter about: for matching, every item's picture with its caption, and for
+    /// triplets with the negative captions, and the negative pictures with its caption; for grounding, the pictures of items
+    /// that have an expression, with that.
+    fn rows(&self, model: &Model, batch: &Batch) -> Result<Rows> {
+        let (discriminator, timesteps) = (model.discriminator(), as_f64(&batch.timesteps));
+        let noise = batch.noise.to_dtype(model.dtype())?;
+        let noised =
+            |latents: &Tensor| discriminator.noised(&latents.to_dtype(model.dtype())?, &noise, &batch.timesteps);
+        let (own, caption) = (noised(&batch.latents)?, &batch.captions.hidden);
+        let mut rows = Rows { latents: Vec::new(), texts: Vec::new(), timesteps: Vec::new() };
+        if self.weights.matching != 0. {
+            rows.add(&own, caption, &timesteps);
+            if let Some(negatives) = self.negatives(batch)? {
+                negatives.captions.iter().for_each(|text| rows.add(&own, &text.hidden, &timesteps));
+                for latents in &negatives.latents {
+                    rows.add(&noised(latents)?, caption, &timesteps);
+                }
+            }
+        }
+        if let Some((items, phrases, _)) = batch.grounding.as_ref().filter(|_| self.weights.grounding != 0.) {
+            let index = Tensor::new(&items[..], own.device())?;
+            let at: Vec<f64> = items.iter().map(|i| timesteps[*i as usize]).collect();
+            rows.add(&own.index_select(&index, 0)?, &phrases.hidden, &at);
+        }
+        Ok(rows)
+    }
+
+    /// The batch's negatives, where the contrast is with them.
+    fn negatives<'a>(&self, batch: &'a Batch) -> Result<Option<&'a Negatives>> {
+        match (self.contrast, &batch.negatives) {
+            (Contrast::InBatch, _) => Ok(None),
+            (Contrast::Triplets, Some(negatives)) => Ok(Some(negatives)),
+            (Contrast::Triplets, None) => Err(Error::Request("triplets need batches with negatives".into())),
+        }
+    }
+
+    /// Whether batches need negatives.
+    pub fn needs_negatives(&self) -> bool {
+        self.weights.matching != 0. && self.contrast == Contrast::Triplets
+    }
+
+    /// L_T2I + L_I2T of the queries of the rows for matching.
+    fn matching_loss(&self, model: &Model, batch: &Batch, queries: &Tensor, losses: &mut Losses) -> Result<Tensor> {
+        let (adapter, b) = (model.discriminator().adapter(), batch.timesteps.len());
+        let h = adapter.matching(queries)?;
+        let scale = adapter.logit_scale().exp()?;
+        let own = &batch.captions.pooled;
+        let (t2i, i2t, right) = match self.negatives(batch)? {
+            None => {
+                let scores = scores_of_texts(&h, &own.to_dtype(h.dtype())?)?;
+                let (t2i, i2t) = in_batch_loss(&scores, &scale)?;
+                let diagonal = scores.mul(&Tensor::eye(b, scores.dtype(), scores.device())?)?.sum(1)?;
+                (t2i, i2t, diagonal)
+            }
+            Some(Negatives { captions: [hard, random], .. }) => {
+                let texts = [own, &hard.pooled, &random.pooled, own, own];
+                let texts = Tensor::cat(&texts, 0)?.to_dtype(h.dtype())?;
+                let scores = pair_scores(&h, &texts)?.reshape((5, b))?;
+                let others = |i: usize| scores.narrow(0, i, 2)?.t()?.contiguous();
+                let positive = scores.get(0)?;
+                let (t2i, i2t) = triplet_loss(&positive, &others(3)?, &others(1)?, &scale)?;
+                (t2i, i2t, positive)
+            }
+        };
+        losses.insert("text_to_image", scalar(&t2i)?);
+        losses.insert("image_to_text", scalar(&i2t)?);
+        losses.insert("score", scalar(&right.mean_all()?)?);
+        Ok((t2i + i2t)?)
+    }
+
     /// The mean squared error of the prediction at the items' own pictures and captions.
     fn denoise(&self, model: &Model, batch: &Batch, losses: &mut Losses, gradients: &mut Gradients) -> Result<()> {
         let discriminator = model.discriminator();
         let wide = |t: &Tensor| t.to_dtype(model.dtype());
-        let (clean, noise) = (wide(&batch.latents[0])?, wide(&batch.noise)?);
+        let (clean, noise) = (wide(&batch.latents)?, wide(&batch.noise)?);
         let latents = discriminator.noised(&clean, &noise, &batch.timesteps)?;
         let target = discriminator.target(&clean, &noise, &batch.timesteps)?;
         let unet = discriminator.unet();
-        let text = unet.text(&batch.captions[0].hidden)?;
+        let text = unet.text(&batch.captions.hidden)?;
         let (output, tape) = unet.forward_recorded(&latents, &as_f64(&batch.timesteps), &text)?;
         let error = (output.to_dtype(target.dtype())? - target)?;
         let loss = scalar(&error.sqr()?.mean_all()?)?;
@@ -215,7 +234,8 @@ impl Features {
     }
 }
 
-fn add_gradients(gradients: &mut Gradients, more: impl Iterator<Item = (String, Tensor)>) -> Result<()> {
+/// Adds gradients to those of the same parameters.
+pub(super) fn add_gradients(gradients: &mut Gradients, more: impl Iterator<Item = (String, Tensor)>) -> Result<()> {
     for (name, gradient) in more {
         let sum = match gradients.remove(&name) {
             None => gradient,

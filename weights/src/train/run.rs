@@ -3,12 +3,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
 use super::adamw::clip_norm;
+use super::objective::add_gradients;
 use super::state::{self, State};
-use super::{AdamW, AdamWSettings, Batcher, LearningRate, Metrics, Model, Objective};
+use super::{AdamW, AdamWSettings, Batcher, Gradients, LearningRate, Metrics, Model, Objective};
 use crate::data::Encoder;
 use crate::{Error, Result};
 
@@ -82,12 +83,13 @@ impl Trainer<'_> {
     }
 
     /// Trains to the last step, or until `stop` is set. With `resume` it goes on from the folder's saved state, to the same
-    /// weights as a run without interruption; without, a folder that holds a state is refused.
+    /// weights as a run without interruption; without, a folder that holds a run's files is refused. A step that fails leaves
+    /// what was made before it saved.
     pub fn run(&mut self, resume: bool, stop: &AtomicBool, report: &mut dyn FnMut(u64, &Metrics)) -> Result<Outcome> {
         let folder = self.plan.folder.clone();
         std::fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, e))?;
-        let (path, settings) = (state::path(&folder), self.settings());
-        let mut optimiser = AdamW::new(self.plan.optimiser);
+        let (path, settings) = (folder.join(state::FILE), self.settings());
+        let mut optimiser = AdamW::new(self.plan.optimiser, BTreeMap::new());
         let mut step = 0;
         if resume {
             let saved = State::open(&path, self.model.discriminator().unet().device())?;
@@ -96,11 +98,10 @@ impl Trainer<'_> {
             self.model.refresh()?;
             step = saved.step;
             optimiser = saved.optimiser(self.plan.optimiser);
-        } else if path.exists() {
-            return Err(Error::file(
-                &path,
-                "a run was begun there; --resume goes on with it, or choose another folder",
-            ));
+        } else if let Some(made) = [state::FILE, Self::WEIGHTS, Metrics::FILE].iter().find(|f| folder.join(f).exists())
+        {
+            let message = "is there from another run; --resume goes on with it, or choose another folder";
+            return Err(Error::file(&folder.join(made), message));
         }
         let mut metrics = Metrics::open(&folder, step)?;
         while step < self.plan.steps {
@@ -108,7 +109,20 @@ impl Trainer<'_> {
                 self.save(&path, step, &settings, &optimiser)?;
                 return Ok(Outcome::Interrupted(step));
             }
-            let values = self.step(step, &mut optimiser)?;
+            let started = Instant::now();
+            let (gradients, mut values) = match self.gradients(step) {
+                Ok(found) => found,
+                Err(error) => {
+                    // Nothing was changed by the step that failed: what those before it made is kept.
+                    self.save(&path, step, &settings, &optimiser)?;
+                    return Err(error);
+                }
+            };
+            let rate = self.plan.learning_rate.at(step, self.plan.steps);
+            values.insert("learning_rate".into(), rate);
+            optimiser.step(self.model.parameters(), &gradients, rate)?;
+            self.model.refresh()?;
+            values.insert("seconds".into(), started.elapsed().as_secs_f64());
             step += 1;
             metrics.add(step, &values)?;
             report(step, &metrics);
@@ -117,7 +131,7 @@ impl Trainer<'_> {
             }
         }
         self.save(&path, step, &settings, &optimiser)?;
-        self.save_curves(&metrics, &folder)?;
+        metrics.plot(&folder.join("curves.png"), &PLOTTED)?;
         Ok(Outcome::Finished)
     }
 
@@ -128,46 +142,37 @@ impl Trainer<'_> {
         self.model.save(&self.plan.folder.join(Self::WEIGHTS), &training)
     }
 
-    fn save_curves(&self, metrics: &Metrics, folder: &Path) -> Result<()> {
-        metrics.plot(&folder.join("curves.png"), &PLOTTED)
-    }
-
-    /// One step of the optimiser.
-    fn step(&mut self, step: u64, optimiser: &mut AdamW) -> Result<BTreeMap<String, f64>> {
-        let started = Instant::now();
-        let Plan { accumulate, .. } = self.plan;
-        let (mut sums, mut values) = (BTreeMap::<String, Tensor>::new(), BTreeMap::<String, f64>::new());
+    /// What a step of the optimiser goes by, the means over its batches and bounded, and the numbers to report.
+    fn gradients(&mut self, step: u64) -> Result<(Gradients, BTreeMap<String, f64>)> {
+        let Plan { accumulate, clip, .. } = self.plan;
+        let (mut sums, mut losses) = (Gradients::new(), BTreeMap::<&str, (f64, u64)>::new());
         let device = self.model.discriminator().unet().device().clone();
+        let mut data_seconds = 0.;
         for part in 0..accumulate {
+            let encoding = Instant::now();
             let batch = self.batcher.batch(step * accumulate + part, self.encoder, &device)?;
-            let (losses, gradients) = self.objective.evaluate(self.model, &batch)?;
-            for (name, loss) in losses {
-                *values.entry(name.to_owned()).or_default() += loss / accumulate as f64;
+            data_seconds += encoding.elapsed().as_secs_f64();
+            let (found, gradients) = self.objective.evaluate(self.model, &batch)?;
+            for (name, loss) in found {
+                let (sum, count) = losses.entry(name).or_default();
+                (*sum, *count) = (*sum + loss, *count + 1);
             }
-            for (name, gradient) in gradients {
-                let gradient = (gradient.detach() / accumulate as f64)?;
-                let sum = match sums.remove(&name) {
-                    None => gradient,
-                    Some(before) => (before + gradient)?,
-                };
-                sums.insert(name, sum);
-            }
+            let mean = |(name, gradient): (String, Tensor)| Ok((name, (gradient.detach() / accumulate as f64)?));
+            add_gradients(&mut sums, gradients.into_iter().map(mean).collect::<Result<Vec<_>>>()?.into_iter())?;
         }
-        let norm = clip_norm(&mut sums, self.plan.clip)?;
+        let norm = clip_norm(&mut sums, clip)?;
         if !norm.is_finite() {
             let message = format!("step {}: the gradients hold NaN or infinity; nothing was changed", step + 1);
             return Err(Error::Request(message));
         }
-        let rate = self.plan.learning_rate.at(step, self.plan.steps);
-        optimiser.step(self.model.parameters(), &sums, rate)?;
-        self.model.refresh()?;
+        // Some batches have no expressions: the mean of a loss is over those that have it.
+        let mean = |(name, (sum, count)): (&str, (f64, u64))| (name.to_owned(), sum / count as f64);
+        let mut values: BTreeMap<String, f64> = losses.into_iter().map(mean).collect();
+        let scale = self.model.discriminator().adapter().logit_scale().to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        values.insert("tau".into(), (-scale).exp());
         values.insert("gradient_norm".into(), norm);
-        values.insert("learning_rate".into(), rate);
-        values.insert(
-            "tau".into(),
-            f64::from((-self.model.discriminator().adapter().logit_scale().to_scalar::<f32>()?).exp()),
-        );
-        values.insert("seconds".into(), started.elapsed().as_secs_f64());
-        Ok(values)
+        // Of the step's seconds, what drawing, reading and encoding took.
+        values.insert("data_seconds".into(), data_seconds);
+        Ok((sums, values))
     }
 }

@@ -1,9 +1,6 @@
 use std::fmt;
-use std::str::FromStr;
 
-use super::{Colour, Kind, Seen, Shape};
-use crate::Error;
-
+use super::{Colour, Kind, Seen};
 /// Where one object is, seen from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, reason = "the names say it")]
@@ -154,43 +151,4 @@ impl fmt::Display for Caption {
             }
         }
     }
-}
-
-impl FromStr for Caption {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        let parse = || -> Option<Self> {
-            for (number, n) in [("two ", 2), ("three ", 3)] {
-                if let Some(rest) = text.strip_prefix(number) {
-                    return Some(Self::Count(n, kind(rest, Shape::plural)?));
-                }
-            }
-            if let Some((a, b)) = text.split_once(" and ") {
-                return Some(Self::Pair(kind_of_one(a)?, kind_of_one(b)?));
-            }
-            for relation in Relation::ALL {
-                if let Some((a, b)) = text.split_once(&format!(" {} ", relation.words())) {
-                    return Some(Self::Related(kind_of_one(a)?, relation, kind_of_one(b)?));
-                }
-            }
-            kind_of_one(text).map(Self::One)
-        };
-        parse().ok_or_else(|| {
-            Error::Request(format!(
-                "`{text}` is not a caption of the shapes world, such as \"a red circle above a blue square\""
-            ))
-        })
-    }
-}
-
-fn kind_of_one(text: &str) -> Option<Kind> {
-    let rest = text.strip_prefix("a ").or_else(|| text.strip_prefix("an "))?;
-    kind(rest, Shape::name)
-}
-
-fn kind(text: &str, word: fn(Shape) -> &'static str) -> Option<Kind> {
-    let (colour, shape) = text.split_once(' ')?;
-    let colour = Colour::ALL.into_iter().find(|c| c.name() == colour)?;
-    Some(Kind { colour, shape: Shape::ALL.into_iter().find(|s| word(*s) == shape)? })
 }

@@ -28,7 +28,7 @@ impl Split {
         let kinds = caption.kinds();
         let (a, b) = (kinds[0], kinds[kinds.len() - 1]);
         let held_out = match caption {
-            // Every pair of colours with one in three pairs of shapes, or the other way round, is in both splits.
+            // What is held out is a combination: its colours are trained on with other shapes, and its shapes with others.
             Caption::Pair(..) | Caption::Related(..) => {
                 let colours = pair(a.colour as usize, b.colour as usize, Colour::ALL.len());
                 let shapes = pair(a.shape as usize, b.shape as usize, Shape::ALL.len());

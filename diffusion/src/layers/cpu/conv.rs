@@ -7,6 +7,8 @@ use crate::Result;
 
 /// Values of the matrix of neighbourhoods that a task makes at a time: what stays in a core's second-level cache.
 const BLOCK: usize = 1 << 17;
+/// Pixels that a task takes, where there are as many.
+const LEAST_PIXELS: usize = 64;
 
 /// A 3x3 convolution, padding 1, stride 1 or 2, with its bias: `[B, in, h, w]` and `[out, in, 3, 3]` to
 /// `[B, out, ceil(h / stride), ceil(w / stride)]`. `None` where the tensors are not contiguous f32 in main memory.
@@ -21,6 +23,11 @@ pub(in crate::layers) fn conv3x3(
 ) -> Result<Option<Tensor>> {
     let (batch, inputs, height, width) = x.dims4()?;
     let outputs = kernel.dim(0)?;
+    let fits = kernel.dims() == [outputs, inputs, 3, 3] && bias.is_none_or(|bias| bias.dims() == [outputs]);
+    if !fits || x.elem_count() == 0 {
+        // The convolution of tensors says what is wrong.
+        return Ok(None);
+    }
     let (Some(xs), Some(weights)) = (Values::of(x), Values::of(kernel)) else { return Ok(None) };
     let biases = match bias.map(Values::of) {
         Some(None) => return Ok(None),
@@ -28,7 +35,9 @@ pub(in crate::layers) fn conv3x3(
     };
     let (rows, columns) = (height.div_ceil(stride), width.div_ceil(stride));
     let mut y = vec![0f32; batch * outputs * rows * columns];
-    let block_rows = (BLOCK / (9 * inputs * columns)).clamp(1, rows);
+    // At least a few pixels, or the kernel is read more often than it pays.
+    let least = LEAST_PIXELS.div_ceil(columns);
+    let block_rows = (BLOCK / (9 * inputs * columns)).max(least).min(rows);
     let blocks = rows.div_ceil(block_rows);
     let shared = Shared(y.as_mut_ptr());
     let (xs, weights, biases) = (&*xs, &*weights, biases.as_deref());

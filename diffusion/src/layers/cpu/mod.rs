@@ -5,6 +5,7 @@
 mod conv;
 mod exp;
 mod geglu;
+mod linear;
 mod norm;
 mod softmax;
 mod transpose;
@@ -15,6 +16,8 @@ use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 
 pub(super) use conv::conv3x3;
 pub(super) use geglu::{geglu, geglu_vjp};
+pub(super) use linear::linear;
+pub use linear::linear_rows;
 pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
 pub use norm::{layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp};
 pub(super) use softmax::{softmax, softmax_vjp};
@@ -68,7 +71,7 @@ mod tests {
     use candle_core::DType;
 
     use crate::layers::finite_difference::{assert_values, numbers, values, weights};
-    use crate::layers::{Conv2d, GroupNorm, LayerNorm, attend, attend_vjp, geglu, geglu_vjp};
+    use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear, attend, attend_vjp, geglu, geglu_vjp};
     use crate::{Checkpoint, Result};
 
     use super::*;
@@ -138,6 +141,18 @@ mod tests {
             if width > 1 {
                 same(&what, narrow.vjp(&single(&x), &single(&dy)), wide.vjp(&x, &dy));
             }
+        }
+    }
+
+    #[test]
+    fn linear_maps() {
+        for (inputs, outputs, tokens) in [(1, 1, 1), (5, 3, 7), (64, 96, 40)] {
+            let (wide, narrow) = both(&[("weight", &[outputs, inputs]), ("bias", &[outputs])]);
+            let load = |file: &Checkpoint| Linear::load(&file.root(), inputs, outputs).unwrap();
+            let x = values(0, (2, tokens, inputs));
+            same("linear", load(&narrow).forward(&single(&x)), load(&wide).forward(&x));
+            let strided = values(1, (2, inputs, tokens)).t().unwrap();
+            same("strided", load(&narrow).forward(&single(&strided)), load(&wide).forward(&strided));
         }
     }
 
