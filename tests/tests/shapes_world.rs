@@ -3,9 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use weights::world::{
-    Caption, Category, Expression, Random, Split, WorldExample, example, expressions, sample_caption, see,
-};
+use weights::world::{Category, Expression, Random, Split, WorldExample, example, expressions, sample_caption, see};
 
 const SCENES: u64 = 1500;
 

@@ -112,7 +112,7 @@ impl Objective {
         }
         if let Features::Recorded(variable, tape) = features {
             let cotangent = store.remove(&variable).expect("the losses depend on the features");
-            let (_, lora) = discriminator.unet().vjp_lora(tape, &cotangent, model.lora())?;
+            let (_, lora) = discriminator.unet().vjp_lora(*tape, &cotangent, model.lora())?;
             add_gradients(gradients, model.lora_gradients(lora))?;
         }
         Ok(())
@@ -211,7 +211,7 @@ impl Objective {
 /// The tapped features: followed into the U-Net when its factors are trained.
 enum Features {
     Fixed(Tensor),
-    Recorded(Var, Tape),
+    Recorded(Var, Box<Tape>),
 }
 
 impl Features {
@@ -223,7 +223,7 @@ impl Features {
             return Ok(Self::Fixed(unet.features(&latents, &rows.timesteps, &text, tap)?));
         }
         let (features, tape) = unet.forward_to(&latents, &rows.timesteps, &text, tap)?;
-        Ok(Self::Recorded(Var::from_tensor(&features)?, tape))
+        Ok(Self::Recorded(Var::from_tensor(&features)?, Box::new(tape)))
     }
 
     fn tensor(&self) -> &Tensor {

@@ -31,7 +31,7 @@ pub fn expressions(scene: &Scene) -> Vec<Expression> {
                 Relation::Left => object.x + CLEAR < o.x,
                 _ => object.x > o.x + CLEAR,
             };
-            if !like.is_empty() && like.iter().all(|o| further(&o)) {
+            if !like.is_empty() && like.iter().all(further) {
                 add(format!("the {word} {colour} {shape}"));
                 add(format!("the {word} {shape}"));
             }

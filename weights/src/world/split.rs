@@ -32,7 +32,7 @@ impl Split {
             Caption::Pair(..) | Caption::Related(..) => {
                 let colours = pair(a.colour as usize, b.colour as usize, Colour::ALL.len());
                 let shapes = pair(a.shape as usize, b.shape as usize, Shape::ALL.len());
-                (colours + 2 * shapes) % 5 == 0
+                (colours + 2 * shapes).is_multiple_of(5)
             }
             Caption::Count(..) => (a.colour as usize + a.shape as usize) % 5 == 1,
             Caption::One(_) => (a.colour as usize + 2 * a.shape as usize) % 5 == 2,
