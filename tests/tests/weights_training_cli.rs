@@ -81,7 +81,7 @@ fn from_pictures_to_a_plugin_that_corrects() {
 }
 
 #[test]
-fn an_interrupt_saves_and_the_run_goes_on() {
+fn an_interrupt_saves_and_the_run_is_not_overwritten() {
     let folder = scratch("training-interrupt");
     let words = ["probe", "--out", "one", "--steps", "100000", "--batch", "2", "--examples", "8"];
     let words = [&words[..], &SMALL].concat();
