@@ -17,6 +17,7 @@ mod request;
 mod run;
 mod session;
 mod split;
+mod threads;
 
 pub use defaults::{default_model, default_plugin};
 pub use error::{Error, Result};
@@ -30,3 +31,4 @@ pub use report::{ItemRecord, LoraRecord, Report, Seconds, Settings, StepRecord};
 pub use request::{Mode, PromptSwitch, Request, StartImage};
 pub use run::RunOutcome;
 pub use session::{Loading, PluginChoice, Session};
+pub use threads::settle_threads;

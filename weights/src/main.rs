@@ -70,12 +70,8 @@ fn run(cli: Cli) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    if std::env::var_os("RAYON_NUM_THREADS").is_none() {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        // Without it candle reads the processor's description from the system at every product of matrices.
-        // SAFETY: nothing has started a thread yet, so nobody reads the environment at the same time.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-    }
+    // SAFETY: nothing has started a thread yet.
+    unsafe { host_demo::settle_threads() };
     keep_memory();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,7 +15,7 @@ impl Relation {
     /// Every relation.
     pub const ALL: [Self; 4] = [Self::Left, Self::Right, Self::Above, Self::Below];
     /// Pixels by which centres must differ for the relation to hold.
-    const CLEAR: f64 = 6.;
+    pub(super) const CLEAR: f64 = 6.;
 
     /// Its words.
     pub fn words(self) -> &'static str {

@@ -28,8 +28,8 @@ pub fn expressions(scene: &Scene) -> Vec<Expression> {
         let like: Vec<_> = others.iter().filter(|o| o.kind == object.kind).collect();
         for (word, relation) in [("left", Relation::Left), ("right", Relation::Right)] {
             let further = |o: &&&Object| match relation {
-                Relation::Left => object.x + CLEAR < o.x,
-                _ => object.x > o.x + CLEAR,
+                Relation::Left => object.x + Relation::CLEAR < o.x,
+                _ => object.x > o.x + Relation::CLEAR,
             };
             if !like.is_empty() && like.iter().all(further) {
                 add(format!("the {word} {colour} {shape}"));
@@ -47,6 +47,3 @@ pub fn expressions(scene: &Scene) -> Vec<Expression> {
     }
     found
 }
-
-/// Pixels between centres for one to be the left one.
-const CLEAR: f64 = 6.;
