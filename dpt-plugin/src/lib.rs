@@ -19,7 +19,7 @@ mod score;
 mod source;
 mod text;
 
-pub use adapter::{Adapter, AdapterSizes, Draw, Grounding, SizeHints};
+pub use adapter::{Adapter, AdapterSizes, Draw, Dropout, Grounding, SizeHints};
 pub use config::{Config, GradientSource, LoraChoice, LoraChoices, SCHEMA};
 pub use correct::{correction, norm};
 pub use error::{Error, Result};

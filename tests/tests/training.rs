@@ -64,7 +64,7 @@ fn model(tap: &str, dtype: DType, lora: Option<LoraLayers>) -> Model {
 
 fn objective(contrast: Contrast, denoising: f64) -> Objective {
     let weights = LossWeights { matching: 1., grounding: 0.5, denoising };
-    Objective { weights, contrast, grounding: GroundingLoss::DEFAULT }
+    Objective { weights, contrast, grounding: GroundingLoss::DEFAULT, dropout: 0.1 }
 }
 
 /// Every parameter's gradient of a whole second-stage step, LoRA before and behind the tap among them, along random

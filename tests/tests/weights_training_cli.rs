@@ -80,17 +80,14 @@ fn from_pictures_to_a_plugin_that_corrects() {
     assert!(folder.join("drawn.png").is_file());
 }
 
-#[test]
-fn an_interrupt_saves_and_the_run_is_not_overwritten() {
-    let folder = scratch("training-interrupt");
-    let words = ["probe", "--out", "one", "--steps", "100000", "--batch", "2", "--examples", "8"];
-    let words = [&words[..], &SMALL].concat();
+/// Runs a training command until it has done `steps` steps in all, interrupts it, and gives the step that it says it stopped
+/// after.
+fn interrupted(folder: &Path, words: &[&str], steps: usize) -> usize {
     let mut program = Command::new(weights_program());
-    let program = program.current_dir(&folder).args(&words).env("RAYON_NUM_THREADS", "2");
+    let program = program.current_dir(folder).args(words).env("RAYON_NUM_THREADS", "2");
     let running = program.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let started = Instant::now();
-    let steps = || std::fs::read_to_string(folder.join("one/metrics.jsonl")).map_or(0, |text| text.lines().count());
-    while steps() < 2 {
+    while metrics(folder).len() < steps {
         assert!(started.elapsed() < Duration::from_secs(300), "no step is done");
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -98,9 +95,26 @@ fn an_interrupt_saves_and_the_run_is_not_overwritten() {
     let output = running.wait_with_output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success() && said.contains("--resume goes on"), "{said}");
-    let step: usize = said.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
-    assert_eq!(step, steps());
+    said.split_whitespace().find_map(|word| word.parse().ok()).unwrap()
+}
+
+/// The steps of the run in `one`.
+fn metrics(folder: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(folder.join("one/metrics.jsonl")).unwrap_or_default();
+    text.split_inclusive('\n').filter_map(|line| serde_json::from_str(line.strip_suffix('\n')?).ok()).collect()
+}
+
+#[test]
+fn an_interrupted_run_is_saved_resumed_and_not_overwritten() {
+    let folder = scratch("training-interrupt");
+    let words = ["probe", "--out", "one", "--steps", "100000", "--batch", "2", "--examples", "8"];
+    let words = [&words[..], &SMALL].concat();
+    let step = interrupted(&folder, &words, 2);
+    assert_eq!(step, metrics(&folder).len());
     assert!(folder.join("one/adapter.safetensors").is_file());
+    let later = interrupted(&folder, &[&words[..], &["--resume"]].concat(), step + 1);
+    let steps: Vec<u64> = metrics(&folder).iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, (1..=later as u64).collect::<Vec<_>>());
     refused(&folder, &words, &["one/state.safetensors", "--resume"]);
     let mut other = words.clone();
     other[4] = "7";
@@ -110,6 +124,7 @@ fn an_interrupt_saves_and_the_run_is_not_overwritten() {
     let mut other = [&words[..], &["--resume"]].concat();
     other[words.len() - SMALL.len() + heads] = "2";
     refused(&folder, &other, &["heads 4, not 2"]);
+    refused(&folder, &[&words[..], &["--resume", "--dropout", "0.1"]].concat(), &["dropout 0.0, not 0.1"]);
 }
 
 #[test]
@@ -175,11 +190,15 @@ fn what_cannot_be_done_is_said() {
     refused(&folder, &probe(&["--steps", "0"]), &["--steps"]);
     refused(&folder, &probe(&["--clip=-1"]), &["--clip"]);
     refused(&folder, &probe(&["--lr", "nan"]), &["--lr"]);
+    refused(&folder, &probe(&["--dropout", "1"]), &["--dropout", "below 1"]);
+    refused(&folder, &probe(&["--betas", "0.9"]), &["--betas"]);
+    refused(&folder, &probe(&["--temperature", "0"]), &["--temperature"]);
     refused(&folder, &probe(&["--matching", "0", "--grounding", "0"]), &["nothing to learn"]);
     refused(&folder, &probe(&["--contrast", "in-batch", "--batch", "1"]), &["at least 2"]);
     refused(&folder, &probe(&["--encoder-layers", "0"]), &["encoder has no layers"]);
     refused(&folder, &probe(&["--grounding-queries", "0"]), &["--grounding 0"]);
     refused(&folder, &["eval", "generate", "--captions", "1"], &["one picture"]);
+    refused(&folder, &["eval", "generate", "--device", "tpu"], &["tpu", "cuda:N"]);
     refused(&folder, &["eval", "generate", "--adapter", "none.safetensors"], &["none.safetensors"]);
     refused(&folder, &probe(&["--resume"]), &["one/state.safetensors"]);
     refused(&folder, &["tune", "--adapter", "none.safetensors", "--out", "two"], &["none.safetensors"]);

@@ -1,5 +1,6 @@
 //! `weights probe`: the first stage, adapter and heads on the frozen U-Net.
 
+use candle_core::Tensor;
 use clap::Args;
 use dpt_plugin::AdapterSizes;
 use serde_json::json;
@@ -7,7 +8,7 @@ use weights::train::{Decay, Model, untrained};
 use weights::world::Random;
 use weights::{Error, Result};
 
-use crate::training::{StageDefaults, Training, is_small};
+use crate::training::{StageDefaults, Training, is_small, positive};
 
 #[derive(Args)]
 pub(crate) struct Probe {
@@ -37,15 +38,20 @@ pub(crate) struct Probe {
     /// K, the queries for grounding [default: 100; 12 for smaller models]
     #[arg(long)]
     grounding_queries: Option<usize>,
+    /// Temperature of the matching loss before it is learned
+    #[arg(long, default_value_t = 0.07, value_parser = positive)]
+    temperature: f64,
 }
 
 impl Probe {
     const DEFAULTS: StageDefaults = StageDefaults {
-        steps: [60_000, 1_200],
+        steps: [60_000, 800],
         batch: [48, 48],
         accumulate: [1, 1],
         lr: [1e-4, 5e-4],
+        warmup: [0, 30],
         decay: [Decay::Constant, Decay::Cosine],
+        dropout: [0.1, 0.],
     };
 
     pub(crate) fn run(&self) -> Result<()> {
@@ -72,7 +78,8 @@ impl Probe {
             return Err(Error::Request("--grounding-queries 0 needs --grounding 0".into()));
         }
         let device = prepared.device.clone();
-        let tensors = untrained(&sizes, &mut Random::new(self.training.seed, u64::MAX), &device)?;
+        let mut tensors = untrained(&sizes, &mut Random::new(self.training.seed, u64::MAX), &device)?;
+        tensors.insert("logit_scale".into(), Tensor::new((1. / self.temperature).ln() as f32, &device)?);
         self.training.train("probe", Self::DEFAULTS, 0., prepared, |unet, scheduler| {
             let settings = json!({
                 "tap": sizes.tap,
@@ -81,6 +88,7 @@ impl Probe {
                 "feedforward": sizes.feedforward,
                 "layers": [sizes.encoder_layers, sizes.decoder_layers],
                 "queries": [sizes.matching_queries, sizes.grounding_queries],
+                "temperature": self.temperature,
             });
             Ok((Model::new(unet, sizes, tensors, Vec::new(), scheduler)?, settings))
         })

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use clap::Args;
 use diffusion::scheduler::SchedulerConfig;
 use diffusion::{Pipeline, UNet, Vae};
-use dpt_plugin::loss::{GroundingLoss, PresenceLoss};
+use dpt_plugin::loss::{GroundingLoss, GroundingWeights, PresenceLoss};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use weights::data::{Encoder, Manifest, ShapesSource, Source};
@@ -52,11 +52,14 @@ pub(crate) struct Training {
     #[arg(long, value_parser = not_negative)]
     lr: Option<f64>,
     /// Steps over which the learning rate rises
-    #[arg(long, default_value_t = 0)]
-    warmup: u64,
+    #[arg(long)]
+    warmup: Option<u64>,
     /// What becomes of the learning rate then
     #[arg(long, value_enum)]
     decay: Option<Decay>,
+    /// AdamW's decay of the mean gradient and of the mean squared gradient
+    #[arg(long, num_args = 2, value_names = ["BETA1", "BETA2"], value_parser = probability, default_values_t = [AdamWSettings::DEFAULT.beta1, AdamWSettings::DEFAULT.beta2])]
+    betas: Vec<f64>,
     /// Share of a parameter that is taken away at each step, times the learning rate
     #[arg(long, default_value_t = AdamWSettings::DEFAULT.weight_decay, value_parser = not_negative)]
     weight_decay: f64,
@@ -72,9 +75,24 @@ pub(crate) struct Training {
     /// Weight of the grounding loss
     #[arg(long, default_value_t = 1., value_parser = not_negative)]
     pub(crate) grounding: f64,
+    /// Weights of presence, L1 distance, generalised IoU and contrast in the grounding loss (Eq. 7)
+    #[arg(long, num_args = 4, value_names = ["PRESENCE", "L1", "GIOU", "CONTRAST"], value_parser = not_negative, default_values_t = GroundingWeights::DEFAULT.loss)]
+    grounding_terms: Vec<f64>,
+    /// Weights of presence, L1 distance and generalised IoU in the choice of the query (Eq. 5)
+    #[arg(long, num_args = 3, value_names = ["PRESENCE", "L1", "GIOU"], value_parser = not_negative, default_values_t = GroundingWeights::DEFAULT.cost)]
+    grounding_costs: Vec<f64>,
+    /// Temperature of the contrast between expressions and queries (Eq. 6)
+    #[arg(long, default_value_t = GroundingLoss::DEFAULT.temperature, value_parser = positive)]
+    grounding_temperature: f64,
+    /// What a query that was not matched counts for in the cross-entropy of the grounding probability
+    #[arg(long, default_value_t = 0.1, value_parser = not_negative, value_name = "WEIGHT")]
+    no_object: f64,
     /// Teach the grounding probability by Eq. 7 alone, as in the paper, and not by cross-entropy
-    #[arg(long)]
+    #[arg(long, conflicts_with = "no_object")]
     paper_presence: bool,
+    /// Probability that the adapter drops a value [default: 0.1; 0 for smaller models]
+    #[arg(long, value_parser = probability)]
+    dropout: Option<f64>,
     /// Save after every so many steps
     #[arg(long, default_value_t = 200)]
     save_every: u64,
@@ -92,7 +110,9 @@ pub(crate) struct StageDefaults {
     pub(crate) batch: [usize; 2],
     pub(crate) accumulate: [u64; 2],
     pub(crate) lr: [f64; 2],
+    pub(crate) warmup: [u64; 2],
     pub(crate) decay: [Decay; 2],
+    pub(crate) dropout: [f64; 2],
 }
 
 /// A loaded base model and what it is trained on.
@@ -115,12 +135,21 @@ impl Training {
         Ok(Prepared { pipeline, model_path, device, source })
     }
 
-    fn objective(&self, denoising: f64) -> Objective {
-        let presence = if self.paper_presence { PresenceLoss::Paper } else { PresenceLoss::CrossEntropy };
+    fn objective(&self, denoising: f64, dropout: f64) -> Objective {
+        let presence = match self.paper_presence {
+            true => PresenceLoss::Paper,
+            false => PresenceLoss::CrossEntropy { others: self.no_object },
+        };
+        let numbers = "clap sees to their number";
+        let weights = GroundingWeights {
+            loss: self.grounding_terms[..].try_into().expect(numbers),
+            cost: self.grounding_costs[..].try_into().expect(numbers),
+        };
         Objective {
             weights: LossWeights { matching: self.matching, grounding: self.grounding, denoising },
             contrast: self.contrast,
-            grounding: GroundingLoss { presence, ..GroundingLoss::DEFAULT },
+            grounding: GroundingLoss { weights, presence, temperature: self.grounding_temperature },
+            dropout,
         }
     }
 
@@ -129,10 +158,15 @@ impl Training {
             folder: self.out.clone(),
             steps: self.steps.unwrap_or(defaults.steps[size]),
             accumulate: self.accumulate.unwrap_or(defaults.accumulate[size]),
-            optimiser: AdamWSettings { weight_decay: self.weight_decay, ..AdamWSettings::DEFAULT },
+            optimiser: AdamWSettings {
+                beta1: self.betas[0],
+                beta2: self.betas[1],
+                weight_decay: self.weight_decay,
+                ..AdamWSettings::DEFAULT
+            },
             learning_rate: LearningRate {
                 peak: self.lr.unwrap_or(defaults.lr[size]),
-                warmup: self.warmup,
+                warmup: self.warmup.unwrap_or(defaults.warmup[size]),
                 decay: self.decay.unwrap_or(defaults.decay[size]),
             },
             clip: self.clip,
@@ -157,7 +191,8 @@ impl Training {
         let Prepared { pipeline, model_path, device, source } = prepared;
         let size = usize::from(is_small(&pipeline));
         let batch = self.batch.unwrap_or(defaults.batch[size]);
-        let objective = self.objective(denoising);
+        let dropout = self.dropout.unwrap_or(defaults.dropout[size]);
+        let objective = self.objective(denoising, dropout);
         if self.matching == 0. && self.grounding == 0. && denoising == 0. {
             return Err(Error::Request("every loss has weight 0: there is nothing to learn".into()));
         }
@@ -175,7 +210,13 @@ impl Training {
             "batch": batch,
             "contrast": format!("{:?}", self.contrast).to_lowercase(),
             "losses": {"matching": self.matching, "grounding": self.grounding, "denoising": denoising},
-            "presence": format!("{:?}", objective.grounding.presence).to_lowercase(),
+            "grounding": {
+                "terms": self.grounding_terms,
+                "costs": self.grounding_costs,
+                "temperature": self.grounding_temperature,
+                "no_object": (!self.paper_presence).then_some(self.no_object),
+            },
+            "dropout": dropout,
             "seed": self.seed,
         });
         settings.as_object_mut().expect("made above").extend(added.as_object().cloned().unwrap_or_default());
@@ -210,12 +251,17 @@ impl Training {
     }
 }
 
+/// Below 1.
+fn probability(text: &str) -> std::result::Result<f64, String> {
+    not_negative(text).ok().filter(|number| *number < 1.).ok_or_else(|| "expected a number from 0, below 1".into())
+}
+
 pub(crate) fn not_negative(text: &str) -> std::result::Result<f64, String> {
     let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.);
     number.ok_or_else(|| "expected a finite number, 0 or more".into())
 }
 
-fn positive(text: &str) -> std::result::Result<f64, String> {
+pub(crate) fn positive(text: &str) -> std::result::Result<f64, String> {
     not_negative(text).ok().filter(|number| *number > 0.).ok_or_else(|| "expected a finite number above 0".into())
 }
 

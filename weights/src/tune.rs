@@ -41,7 +41,9 @@ impl Tune {
         batch: [8, 16],
         accumulate: [8, 1],
         lr: [1e-4, 2e-4],
+        warmup: [0, 0],
         decay: [Decay::Cosine, Decay::Cosine],
+        dropout: [0.1, 0.],
     };
 
     pub(crate) fn run(&self) -> Result<()> {

@@ -2,6 +2,7 @@ use candle_core::Tensor;
 use diffusion::Scope;
 
 use super::AdapterSizes;
+use super::dropout::Dropout;
 use super::layers::{Linear, softmax};
 use crate::Result;
 
@@ -26,7 +27,13 @@ impl MultiheadAttention {
     }
 
     /// Queries `[B, Q, d]`, keys and values `[B, S, d]` to `[B, Q, d]`.
-    pub(super) fn forward(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        dropout: &mut Dropout,
+    ) -> Result<Tensor> {
         let (b, tokens, d) = query.dims3()?;
         let split = |x: Tensor| -> Result<Tensor> {
             let tokens = x.dim(1)?;
@@ -34,7 +41,7 @@ impl MultiheadAttention {
         };
         let q = split((self.q.forward(query)? * (1. / ((d / self.heads) as f64).sqrt()))?)?;
         let (k, v) = (split(self.k.forward(key)?)?, split(self.v.forward(value)?)?);
-        let weights = softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?)?;
+        let weights = dropout.apply(softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?)?)?;
         let y = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((b, tokens, d))?;
         self.out.forward(&y)
     }

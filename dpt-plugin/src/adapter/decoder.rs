@@ -3,6 +3,7 @@ use diffusion::Scope;
 
 use super::AdapterSizes;
 use super::attention::MultiheadAttention;
+use super::dropout::Dropout;
 use super::layers::{LayerNorm, Linear};
 use crate::Result;
 
@@ -30,12 +31,21 @@ impl DecoderLayer {
     }
 
     /// `x` and `query` are `[B, N, d]`, `memory` and `positions` `[B, h * w, d]`.
-    pub(super) fn forward(&self, x: &Tensor, memory: &Tensor, positions: &Tensor, query: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        memory: &Tensor,
+        positions: &Tensor,
+        query: &Tensor,
+        dropout: &mut Dropout,
+    ) -> Result<Tensor> {
         let q = (x + query)?;
-        let x = self.norm1.forward(&(x + self.self_attn.forward(&q, &q, x)?)?)?;
-        let seen = self.cross_attn.forward(&(&x + query)?, &(memory + positions)?, memory)?;
-        let x = self.norm2.forward(&(x + seen)?)?;
-        self.norm3.forward(&(&x + self.feed_forward.forward(&x)?)?)
+        let seen = self.self_attn.forward(&q, &q, x, dropout)?;
+        let x = self.norm1.forward(&(x + dropout.apply(seen)?)?)?;
+        let seen = self.cross_attn.forward(&(&x + query)?, &(memory + positions)?, memory, dropout)?;
+        let x = self.norm2.forward(&(x + dropout.apply(seen)?)?)?;
+        let fed = self.feed_forward.forward(&x, dropout)?;
+        self.norm3.forward(&(&x + dropout.apply(fed)?)?)
     }
 }
 
@@ -48,7 +58,7 @@ impl FeedForward {
         Ok(Self(Linear::load(&scope.enter("linear1"), d, hidden)?, Linear::load(&scope.enter("linear2"), hidden, d)?))
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.1.forward(&self.0.forward(x)?.relu()?)
+    pub(super) fn forward(&self, x: &Tensor, dropout: &mut Dropout) -> Result<Tensor> {
+        self.1.forward(&dropout.apply(self.0.forward(x)?.relu()?)?)
     }
 }

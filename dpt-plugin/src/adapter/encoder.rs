@@ -4,6 +4,7 @@ use diffusion::Scope;
 use super::AdapterSizes;
 use super::attention::MultiheadAttention;
 use super::decoder::FeedForward;
+use super::dropout::Dropout;
 use super::layers::LayerNorm;
 use crate::Result;
 
@@ -26,9 +27,11 @@ impl EncoderLayer {
     }
 
     /// `x` and `positions` are `[B, h * w, d]`.
-    pub(super) fn forward(&self, x: &Tensor, positions: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, positions: &Tensor, dropout: &mut Dropout) -> Result<Tensor> {
         let q = (x + positions)?;
-        let x = self.norm1.forward(&(x + self.self_attn.forward(&q, &q, x)?)?)?;
-        self.norm2.forward(&(&x + self.feed_forward.forward(&x)?)?)
+        let seen = self.self_attn.forward(&q, &q, x, dropout)?;
+        let x = self.norm1.forward(&(x + dropout.apply(seen)?)?)?;
+        let fed = self.feed_forward.forward(&x, dropout)?;
+        self.norm2.forward(&(&x + dropout.apply(fed)?)?)
     }
 }

@@ -7,6 +7,7 @@
 
 mod attention;
 mod decoder;
+mod dropout;
 mod encoder;
 mod fused;
 mod heads;
@@ -18,6 +19,7 @@ mod sizes;
 use candle_core::{DType, Device, Tensor};
 use diffusion::{Scope, timestep_sinusoid};
 
+pub use dropout::Dropout;
 pub use heads::Grounding;
 pub use init::Draw;
 pub use sizes::{AdapterSizes, SizeHints};
@@ -88,6 +90,11 @@ impl Adapter {
     /// Q*: every decoder layer's normalised output, `[layers, B, N, d]`, for the tapped features `[B, C, h, w]` at one
     /// timestep per item (Eq. 1).
     pub fn queries(&self, features: &Tensor, timesteps: &[f64]) -> Result<Tensor> {
+        self.queries_dropped(features, timesteps, &mut Dropout::none())
+    }
+
+    /// The same with dropout, as in training.
+    pub fn queries_dropped(&self, features: &Tensor, timesteps: &[f64], dropout: &mut Dropout) -> Result<Tensor> {
         let (b, _, h, w) = features.dims4()?;
         let (d, dtype) = (self.sizes.d_model, self.dtype());
         let features = features.to_dtype(dtype)?;
@@ -98,13 +105,13 @@ impl Adapter {
 
         let mut memory = self.input_proj.forward(&features.flatten_from(2)?.transpose(1, 2)?.contiguous()?)?;
         for layer in &self.encoder {
-            memory = layer.forward(&memory, &positions)?;
+            memory = layer.forward(&memory, &positions, dropout)?;
         }
         let query = self.query_embed.unsqueeze(0)?.broadcast_as((b, self.sizes.queries(), d))?.contiguous()?;
         let mut target = query.zeros_like()?;
         let mut layers = Vec::with_capacity(self.decoder.len());
         for layer in &self.decoder {
-            target = layer.forward(&target, &memory, &positions, &query)?;
+            target = layer.forward(&target, &memory, &positions, &query, dropout)?;
             layers.push(self.decoder_norm.forward(&target)?);
         }
         Ok(Tensor::stack(&layers, 0)?)

@@ -39,12 +39,15 @@ impl Presence {
 }
 
 /// What teaches p.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum PresenceLoss {
     /// -p of the matched query (Eq. 7), which never lowers that of the others.
     Paper,
-    /// Binary cross-entropy, a query that was not matched counting a tenth as much (the release's no-object weight).
-    CrossEntropy,
+    /// Binary cross-entropy, in which a query that was not matched counts for `others` of one that was.
+    CrossEntropy {
+        /// The release's no-object weight is 0.1.
+        others: f64,
+    },
 }
 
 /// Weights of presence, L1, generalised IoU and contrast.
@@ -88,8 +91,11 @@ pub struct GroundingTerms {
 
 impl GroundingLoss {
     /// The paper's losses, weights of the release, binary cross-entropy for p, temperature 0.07.
-    pub const DEFAULT: Self =
-        Self { weights: GroundingWeights::DEFAULT, presence: PresenceLoss::CrossEntropy, temperature: 0.07 };
+    pub const DEFAULT: Self = Self {
+        weights: GroundingWeights::DEFAULT,
+        presence: PresenceLoss::CrossEntropy { others: 0.1 },
+        temperature: 0.07,
+    };
 
     /// What the queries `[B, K, ..]` say against the true boxes `[B, 4]` (cx, cy, w, h) and the expressions' pooled
     /// embeddings `[B, p]`.
@@ -119,12 +125,11 @@ impl GroundingLoss {
 
         let presence = match self.presence {
             PresenceLoss::Paper => mean_chosen(&presence.probability)?.neg()?,
-            PresenceLoss::CrossEntropy => {
-                const OTHERS: f64 = 0.1;
-                let others = (chosen.affine(-1., 1.)? * OTHERS)?;
+            PresenceLoss::CrossEntropy { others: weight } => {
+                let others = (chosen.affine(-1., 1.)? * weight)?;
                 let (present, absent) = &presence.log;
                 let sum = ((present * &chosen)? + (absent * others)?)?.sum_all()?;
-                (sum.neg()? / (b as f64 * (1. + OTHERS * (k as f64 - 1.))))?
+                (sum.neg()? / (b as f64 * (1. + weight * (k as f64 - 1.))))?
             }
         };
         let contrast = found.semantic.as_ref().map(|semantic| -> Result<Tensor> {
@@ -195,7 +200,7 @@ mod tests {
         let boxes = Tensor::new(&[[[0.5f32, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]], &Device::Cpu).unwrap();
         let truth = boxes.get(0).unwrap().narrow(0, 0, 1).unwrap();
         let pooled = Tensor::zeros((1, 3), DType::F32, &Device::Cpu).unwrap();
-        for (presence, pushed) in [(PresenceLoss::Paper, false), (PresenceLoss::CrossEntropy, true)] {
+        for (presence, pushed) in [(PresenceLoss::Paper, false), (PresenceLoss::CrossEntropy { others: 0.1 }, true)] {
             let logits = Var::zeros((1, 2, 1), DType::F32, &Device::Cpu).unwrap();
             let found = Grounding { class_logits: logits.as_tensor().clone(), boxes: boxes.clone(), semantic: None };
             let loss = GroundingLoss { presence, ..GroundingLoss::DEFAULT };

@@ -8,7 +8,7 @@ use diffusion::Checkpoint;
 use host_demo::{Curve, Figure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use weights::evaluate::{Alignment, Sampling, Share, Variant, generative, wilson};
+use weights::evaluate::{Alignment, Sampling, Share, Variant, generative, paired_difference, wilson};
 use weights::world::{Category, Split};
 use weights::{Error, Result};
 
@@ -26,9 +26,12 @@ pub(crate) struct Generate {
     /// Strengths of the correction; 0 measures an adapter's LoRA alone
     #[arg(long, value_name = "F,F,..", value_delimiter = ',', default_values_t = [0., 0.5, 4.])]
     eta: Vec<f64>,
-    /// LoRA to sample with and no correction, such as a control's; may be given several times
+    /// LoRA to sample with and no correction; may be given several times
     #[arg(long, value_name = "FILE")]
     lora: Vec<PathBuf>,
+    /// LoRA to hold the others against beside the base model, such as that of denoising alone
+    #[arg(long, value_name = "FILE")]
+    control: Option<PathBuf>,
     /// Captions of each split
     #[arg(long, default_value_t = 128, value_parser = at_least_one)]
     captions: usize,
@@ -50,6 +53,9 @@ pub(crate) struct Generate {
     /// Another seed, other captions and noise
     #[arg(long, default_value_t = 2_000_000)]
     seed: u64,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Write the numbers as JSON
     #[arg(long, value_name = "FILE.json")]
     json: Option<PathBuf>,
@@ -82,16 +88,23 @@ impl Generate {
         let splits = self.split.map_or(vec![Split::Train, Split::HeldOut], |split| vec![split]);
         let (mut records, mut points) = (Vec::new(), Vec::new());
         for split in splits {
-            println!("| {split} | one | binding | spatial | count | all | Frechet |\n|---|---|---|---|---|---|---|");
+            let references = if self.control.is_some() { &["base", "control"][..] } else { &["base"] };
+            let columns: String = references.iter().map(|name| format!(" against {name} |")).collect();
+            println!("| {split} | one | binding | spatial | count | all |{columns} Frechet |");
+            println!("{}|", "|---".repeat(7 + references.len()));
+            // Of each variant so far; the references are the first.
+            let mut right = Vec::<Vec<bool>>::new();
             for variant in &variants {
                 let template = "{msg} {bar:32} {pos}/{len} pictures, {elapsed} of {duration}";
                 let style = ProgressStyle::with_template(template).expect("the template is valid");
                 let bar = ProgressBar::new((self.captions * self.seeds) as u64).with_style(style);
                 bar.set_message(format!("{split}, {}", variant.label));
                 let step = &mut |done: usize| bar.set_position(done as u64);
-                let found = generative(&model, variant, split, sampling, step)?;
+                let found = generative(&model, variant, split, sampling, &self.device, step)?;
                 bar.finish_and_clear();
-                println!("{}", row(&variant.label, &found));
+                let earlier: Vec<_> = (0..references.len()).map(|at| right.get(at).map(Vec::as_slice)).collect();
+                println!("{}", row(&variant.label, &found, &earlier));
+                right.push(found.right.clone());
                 points.push((split, variant.clone(), found.clone()));
                 records.push(json!({
                     "split": split.to_string(),
@@ -116,9 +129,10 @@ impl Generate {
         if self.captions * self.seeds < 2 {
             return Err(Error::Request("one picture has no Frechet distance: more --captions or --seeds".into()));
         }
-        for path in self.adapter.iter().chain(&self.lora) {
+        for path in self.adapter.iter().chain(&self.lora).chain(&self.control) {
             Checkpoint::open(path, DType::F32, &Device::Cpu)?;
         }
+        diffusion::device(&self.device)?;
         Ok(())
     }
 
@@ -136,7 +150,7 @@ impl Generate {
         Ok(host_demo::write_whole(path, serde_json::to_string_pretty(&all).expect("plain data").as_bytes())?)
     }
 
-    /// The base model, every LoRA alone, and every adapter at every eta.
+    /// The base model, the control, every LoRA alone, and every adapter at every eta.
     fn variants(&self) -> Vec<Variant> {
         let base = Variant { label: "base".into(), adapter: None, eta: 0., lora: None };
         let name = |path: &PathBuf| {
@@ -144,8 +158,11 @@ impl Generate {
             parts.reverse();
             parts.join("/")
         };
-        let alone =
-            self.lora.iter().map(|path| Variant { label: name(path), lora: Some(path.clone()), ..base.clone() });
+        let alone = self.control.iter().chain(&self.lora).map(|path| Variant {
+            label: name(path),
+            lora: Some(path.clone()),
+            ..base.clone()
+        });
         let corrected = self.adapter.iter().flat_map(|path| {
             self.eta.iter().map(|eta| Variant {
                 label: format!("{}, eta {eta}", name(path)),
@@ -176,14 +193,23 @@ fn percent(share: Share) -> f64 {
     100. * share.hits as f64 / share.trials.max(1) as f64
 }
 
-/// A line of the table: shares in percent, the whole with its interval.
-fn row(label: &str, found: &Alignment) -> String {
+/// A line of the table: shares in percent, the whole with its interval, and the differences from the references that there are
+/// already.
+fn row(label: &str, found: &Alignment, references: &[Option<&[bool]>]) -> String {
     let cell = |category: Category| match found.by_category.get(&category) {
         Some(share) => format!("{:.0}", percent(*share)),
         None => "none".into(),
     };
     let cells = Category::ALL.map(cell).join(" | ");
     let (low, high) = wilson(found.all.hits, found.all.trials);
-    let all = format!("{:.1} ({:.1}-{:.1})", percent(found.all), 100. * low, 100. * high);
-    format!("| {label} | {cells} | {all} | {:.3} |", found.frechet)
+    let all = format!("{:.1} ({:.1} to {:.1})", percent(found.all), 100. * low, 100. * high);
+    let difference = |reference: &Option<&[bool]>| match reference {
+        None => " |".into(),
+        Some(reference) => {
+            let (difference, (low, high)) = paired_difference(reference, &found.right);
+            format!(" {:+.1} ({:+.1} to {:+.1}) |", 100. * difference, 100. * low, 100. * high)
+        }
+    };
+    let differences: String = references.iter().map(difference).collect();
+    format!("| {label} | {cells} | {all} |{differences} {:.3} |", found.frechet)
 }

@@ -48,6 +48,8 @@ pub struct Alignment {
     pub by_category: BTreeMap<Category, Share>,
     /// Of all.
     pub all: Share,
+    /// Of each picture, in the order of the captions: two variants of one [`Sampling`] are compared picture by picture.
+    pub right: Vec<bool>,
     /// Frechet distance to drawn scenes of the same proportions of captions, in the space of [`features`].
     pub frechet: f64,
 }
@@ -64,30 +66,32 @@ const DRAWS: u64 = 4;
 
 /// A picture's place in the space of the Frechet distance: its latents (the mean of the autoencoder's distribution, scaled),
 /// averaged over the cells of a 4x4 grid. 64 numbers for 4 latent channels.
-pub fn features(session: &Session, pictures: &[Rgb]) -> Result<Vec<Vec<f32>>> {
+pub fn features(session: &Session, pictures: &[Rgb], device: &Device) -> Result<Vec<Vec<f32>>> {
     let images =
-        pictures.iter().map(|picture| picture.to_tensor(&Device::Cpu)).collect::<std::result::Result<Vec<_>, _>>()?;
+        pictures.iter().map(|picture| picture.to_tensor(device)).collect::<std::result::Result<Vec<_>, _>>()?;
     let latents = session.encode(&Tensor::stack(&images, 0)?)?;
     let cell = latents.dim(2)? / GRID;
     Ok(latents.avg_pool2d(cell)?.flatten_from(1)?.to_vec2()?)
 }
 
-/// Samples every caption of a split with a variant and asks the oracle.
+/// Samples every caption of a split with a variant on a device (`cpu`, `cuda`, `cuda:N`) and asks the oracle.
 pub fn generative(
     model: &Path,
     variant: &Variant,
     split: Split,
     sampling: Sampling,
+    device: &str,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Alignment> {
+    let on = diffusion::device(device)?;
     let plugin = match &variant.adapter {
         None => None,
         Some(adapter) => {
-            let config = json!({"adapter": adapter, "eta": variant.eta});
+            let config = json!({"adapter": adapter, "eta": variant.eta, "device": device});
             Some(PluginChoice { library: default_plugin()?, config, split: false })
         }
     };
-    let mut session = Session::load(model, DType::F32, &Device::Cpu, plugin.as_ref())?;
+    let mut session = Session::load(model, DType::F32, &on, plugin.as_ref())?;
     if let Some(lora) = &variant.lora {
         session.set_lora(&[(lora.clone(), 1.)])?;
     }
@@ -102,9 +106,10 @@ pub fn generative(
     let width = session.latent_channels() * GRID * GRID;
     let (mut drawn, mut sampled) = (Moments::new(width), Moments::new(width));
     let mut by_category = BTreeMap::<Category, Share>::new();
+    let mut right = Vec::with_capacity(starts.len());
     for (number, chunk) in starts.chunks(sampling.batch).enumerate() {
         let first = sampling.seed + (number * sampling.batch) as u64;
-        let noise = seeded_noise(first, [chunk.len(), session.latent_channels(), side, side], &Device::Cpu)?;
+        let noise = seeded_noise(first, [chunk.len(), session.latent_channels(), side, side], &on)?;
         let prompts = chunk.iter().map(|(index, _)| captions[*index].to_string()).collect();
         let request = Request::new(prompts, Scheduler::Ddim, sampling.steps, sampling.guidance, noise);
         let outcome = session.run(&request, &mut |_, _| {})?;
@@ -112,9 +117,11 @@ pub fn generative(
         let pictures = (0..chunk.len()).map(|i| Ok(Rgb::from_tensor(&images.get(i)?)?)).collect::<Result<Vec<_>>>()?;
         for ((index, _), picture) in chunk.iter().zip(&pictures) {
             let caption = &captions[*index];
-            by_category.entry(caption.category()).or_default().add(caption.fits(&see(picture)));
+            let fits = caption.fits(&see(picture));
+            by_category.entry(caption.category()).or_default().add(fits);
+            right.push(fits);
         }
-        features(&session, &pictures)?.iter().for_each(|row| sampled.add(row));
+        features(&session, &pictures, &on)?.iter().for_each(|row| sampled.add(row));
         progress((number * sampling.batch + chunk.len()).min(starts.len()));
     }
     // Scenes that were drawn for the same proportions of captions, with other numbers than the captions' own.
@@ -122,8 +129,8 @@ pub fn generative(
         let end = (start + sampling.batch as u64).min(captions.len() as u64 * DRAWS);
         let pictures: Vec<Rgb> =
             (start..end).map(|i| example(sampling.seed ^ 0xd0a1, i, Some(split)).scene.draw()).collect();
-        features(&session, &pictures)?.iter().for_each(|row| drawn.add(row));
+        features(&session, &pictures, &on)?.iter().for_each(|row| drawn.add(row));
     }
     let all = by_category.values().fold(Share::default(), |all, share| all.and(*share));
-    Ok(Alignment { by_category, all, frechet: frechet_distance(&sampled, &drawn)? })
+    Ok(Alignment { by_category, all, right, frechet: frechet_distance(&sampled, &drawn)? })
 }

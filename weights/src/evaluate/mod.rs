@@ -13,4 +13,4 @@ pub use boxes::{agreed, box_iou};
 pub use discriminative::{Discriminative, Share, discriminative};
 pub use frechet::{Moments, frechet_distance};
 pub use generative::{Alignment, Sampling, Variant, captions, features, generative};
-pub use interval::wilson;
+pub use interval::{paired_difference, wilson};

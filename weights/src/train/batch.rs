@@ -20,6 +20,8 @@ pub struct Batch {
     pub timesteps: Vec<usize>,
     /// Items that have an expression, their texts, and the boxes `[n, 4]` (cx, cy, w, h); none when no item has.
     pub grounding: Option<(Vec<u32>, TextBatch, Tensor)>,
+    /// Of what is dropped out.
+    pub dropout_seed: u64,
 }
 
 /// For every item, what is nearly right, and something else at random.
@@ -96,7 +98,7 @@ impl<'a> Batcher<'a> {
         let shape = latents.shape().clone();
         let noise = Tensor::from_vec(random.normals(shape.elem_count()), shape, device)?.to_dtype(DType::F32)?;
         let timesteps = (0..self.size).map(|_| random.below(self.timesteps)).collect();
-        Ok(Batch { latents, captions, negatives, noise, timesteps, grounding })
+        Ok(Batch { latents, captions, negatives, noise, timesteps, grounding, dropout_seed: random.bits() })
     }
 
     fn negatives(&self, items: &[Example], encoder: &mut Encoder, random: &mut Random) -> Result<Negatives> {

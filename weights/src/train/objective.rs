@@ -2,10 +2,12 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor, Var};
 use diffusion::Tape;
+use dpt_plugin::Dropout;
 use dpt_plugin::loss::{GroundingLoss, in_batch_loss, pair_scores, scores_of_texts, triplet_loss};
 
 use super::{Batch, Model, Negatives};
 use crate::discriminator::as_f64;
+use crate::world::Random;
 use crate::{Error, Result};
 
 /// Whom a picture and its caption are held against.
@@ -38,6 +40,8 @@ pub struct Objective {
     pub contrast: Contrast,
     /// The grounding loss.
     pub grounding: GroundingLoss,
+    /// Probability that the adapter drops a value.
+    pub dropout: f64,
 }
 
 /// The losses by name, unweighted, and their weighted sum as `loss`.
@@ -82,7 +86,10 @@ impl Objective {
         }
         let (discriminator, adapter) = (model.discriminator(), model.discriminator().adapter());
         let features = Features::compute(model, &rows)?;
-        let queries = adapter.queries(features.tensor(), &rows.timesteps)?;
+        let mut random = Random::new(batch.dropout_seed, 0);
+        let mut bits = || random.bits();
+        let mut dropout = Dropout::new(self.dropout, &mut bits);
+        let queries = adapter.queries_dropped(features.tensor(), &rows.timesteps, &mut dropout)?;
         let queries = queries.get(queries.dim(0)? - 1)?;
         // The rows of the grounding loss are the last.
         let pairs = rows.timesteps.len() - grounded.map_or(0, |(items, _, _)| items.len());

@@ -1,0 +1,78 @@
+use candle_core::Tensor;
+
+use crate::Result;
+
+/// Dropout in training, where DETR has it: on attention weights, on what a layer adds, and within the feed-forward layers.
+/// Each value is zero with a probability, and the others grow, so that their mean stays.
+pub struct Dropout<'a>(Option<Dropped<'a>>);
+
+struct Dropped<'a> {
+    probability: f64,
+    bits: &'a mut dyn FnMut() -> u64,
+}
+
+impl<'a> Dropout<'a> {
+    /// At inference: nothing is dropped.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// With a probability in [0, 1), by random bits, of which each value takes 16: the probability is exact to 2^-16. Panics
+    /// on another probability.
+    pub fn new(probability: f64, bits: &'a mut dyn FnMut() -> u64) -> Self {
+        assert!((0. ..1.).contains(&probability), "a probability of {probability}");
+        Self((probability > 0.).then_some(Dropped { probability, bits }))
+    }
+
+    pub(super) fn apply(&mut self, x: Tensor) -> Result<Tensor> {
+        let Some(Dropped { probability, bits }) = &mut self.0 else { return Ok(x) };
+        const VALUES: f64 = 65536.;
+        let (least, grown) = ((*probability * VALUES) as u64, (1. / (1. - *probability)) as f32);
+        let mut mask = Vec::with_capacity(x.elem_count() + 3);
+        while mask.len() < x.elem_count() {
+            let word = bits();
+            mask.extend([0, 16, 32, 48].map(|shift| if (word >> shift & 0xffff) < least { 0. } else { grown }));
+        }
+        mask.truncate(x.elem_count());
+        let mask = Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?;
+        Ok((x * mask)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    /// A generator of well mixed bits (splitmix64).
+    fn bits(mut state: u64) -> impl FnMut() -> u64 {
+        move || {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            mixed ^ (mixed >> 31)
+        }
+    }
+
+    #[test]
+    fn drops_its_share_and_keeps_the_mean() {
+        let ones = Tensor::ones((101, 99), DType::F64, &Device::Cpu).unwrap();
+        let mut bits = bits(1);
+        let dropped = Dropout::new(0.1, &mut bits).apply(ones).unwrap();
+        let values: Vec<f64> = dropped.flatten_all().unwrap().to_vec1().unwrap();
+        let zeros = values.iter().filter(|v| **v == 0.).count() as f64 / values.len() as f64;
+        // Five deviations of a share of 0.1 among 9999.
+        assert!((zeros - 0.1).abs() < 0.015, "{zeros}");
+        assert!(values.iter().all(|v| *v == 0. || (v - 1. / 0.9).abs() < 1e-7));
+    }
+
+    #[test]
+    fn none_leaves_everything() {
+        let x = Tensor::arange(0f32, 12., &Device::Cpu).unwrap();
+        let mut never = || unreachable!("no bits are needed");
+        for mut dropout in [Dropout::none(), Dropout::new(0., &mut never)] {
+            assert_eq!(dropout.apply(x.clone()).unwrap().to_vec1::<f32>().unwrap(), x.to_vec1::<f32>().unwrap());
+        }
+    }
+}
