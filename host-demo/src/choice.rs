@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use host_api::host::Library;
-use host_demo::{Error, PluginChoice, Result, default_plugin};
+use host_demo::{Error, PluginChoice, Result, default_adapter, default_plugin};
 use serde_json::{Value, json};
 
 use crate::options::{GradientSource, ModelOptions};
@@ -30,7 +30,7 @@ impl ModelOptions {
                     model.display()
                 )));
             }
-            keys.insert("adapter".into(), json!(model.join("adapter_stage1.safetensors")));
+            keys.insert("adapter".into(), json!(default_adapter()?));
         }
         if let Some(source) = self.gradient {
             if !is_dpt {

@@ -18,6 +18,11 @@ pub fn default_model() -> Result<PathBuf> {
     )
 }
 
+/// The shipped model's adapter, with the LoRA that was trained with it.
+pub fn default_adapter() -> Result<PathBuf> {
+    Ok(default_model()?.join("adapter_stage1.safetensors"))
+}
+
 /// The plugin library beside this program (`libdpt.so`, `libdpt.dylib` or `dpt.dll`).
 pub fn default_plugin() -> Result<PathBuf> {
     let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);

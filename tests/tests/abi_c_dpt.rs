@@ -10,7 +10,7 @@ fn run(name: &str, eta: f64) -> (String, Vec<f32>) {
     let folder = scratch(name);
     let model = host_demo::default_model().unwrap();
     let config = json!({
-        "adapter": model.join("adapter_stage1.safetensors"), "base_model": model, "gradient": "plugin", "eta": eta,
+        "adapter": host_demo::default_adapter().unwrap(), "base_model": model, "gradient": "plugin", "eta": eta,
     });
     let (config_file, output) = (folder.join("config.json"), folder.join("latents.f32"));
     std::fs::write(&config_file, config.to_string()).unwrap();

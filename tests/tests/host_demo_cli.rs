@@ -39,7 +39,7 @@ fn a_picture_carries_its_settings_and_a_report_tells_the_rest() {
     let (model, library) = (settings["model"].take(), settings["plugin"].take());
     assert!(model.as_str().unwrap().ends_with("weights/shapes"));
     assert_eq!(library, plugin_library().to_str().unwrap());
-    let adapter = format!("{}/adapter_stage1.safetensors", model.as_str().unwrap());
+    let adapter = host_demo::default_adapter().unwrap();
     let expected = json!({
         "prompt": "näive ☃ circle", "negative": "", "model": null, "plugin": null,
         "config": {"adapter": adapter, "eta": 2., "monitor": true}, "scheduler": "ddim", "mode": "paper", "steps": 3, "guidance": 3.5,
@@ -103,7 +103,7 @@ fn eta_0_is_no_plugin_and_both_gradients_are_one() {
     assert!(host.distance(&without) > 1, "the correction shows");
     assert_eq!(plugin.settings()["config"]["gradient"], "plugin");
     // The configuration may be a file, and its strength is the same as the option's.
-    let adapter = host_demo::default_model().unwrap().join("adapter_stage1.safetensors");
+    let adapter = host_demo::default_adapter().unwrap();
     std::fs::write(folder.join("dpt.json"), json!({"adapter": adapter, "eta": 4}).to_string()).unwrap();
     assert_eq!(draw(&folder, "file.png", &["--config", "dpt.json"]).distance(&host), 0);
     assert_eq!(draw(&folder, "text.png", &["--config", "{\"eta\": 4}"]).distance(&host), 0);

@@ -38,7 +38,7 @@ fn every_form_of_text_gives_the_same() {
 #[test]
 fn prompts_alone_are_enough_on_the_shipped_model() {
     let folder = host_demo::default_model().unwrap();
-    let settings = json!({"adapter": folder.join("adapter_stage1.safetensors"), "base_model": folder, "eta": 4.});
+    let settings = json!({"adapter": host_demo::default_adapter().unwrap(), "base_model": folder, "eta": 4.});
     let prompts = ["a red circle above a blue square".to_owned()];
     let encoder = diffusion::TextModel::load(&folder, candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
     let encoded = encoder.encode(&[&prompts[0]]).unwrap();

@@ -29,7 +29,7 @@ fn mean_scores(session: &mut Session, captions: &[&str], steps: usize, eta: f64)
 
 fn shipped() -> Session {
     let model = default_model().unwrap();
-    let config = json!({"adapter": model.join("adapter_stage1.safetensors"), "monitor": true});
+    let config = json!({"adapter": host_demo::default_adapter().unwrap(), "monitor": true});
     let plugin = PluginChoice { library: plugin_library().to_owned(), config, split: false };
     Session::load(&model, DType::F32, &Device::Cpu, Some(&plugin)).unwrap()
 }

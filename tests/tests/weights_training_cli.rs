@@ -131,13 +131,18 @@ fn an_interrupted_run_is_saved_resumed_and_not_overwritten() {
 fn an_adapter_is_measured_on_scenes() {
     let folder = probed("training-measured");
     let words = ["eval", "discriminate", "--data", "scenes", "--adapter", "one/adapter.safetensors", "--t", "200,800"];
-    let table = done(&folder, &[&words[..], &["--baselines", "2", "--json", "found.json"]].concat());
-    assert!(["| t = 200 |", "| t = 800 |", "| denoising error |"].iter().all(|row| table.contains(row)), "{table}");
+    let table =
+        done(&folder, &[&words[..], &["--baselines", "2", "--json", "found.json", "--plot", "found.png"]].concat());
+    let rows = ["| t = 200 |", "| t = 800 |", "| denoising error |", "| overall, by category |"];
+    assert!(rows.iter().all(|row| table.contains(row)), "{table}");
     let found = json(&folder.join("found.json"));
     let result = &found["by_timestep"][1]["result"];
     assert_eq!((&found["examples"], &found["by_timestep"][1]["t"]), (&json!(6), &json!(800)));
     assert_eq!((&result["image_to_text"]["trials"], &result["overall"]["trials"]), (&json!(6), &json!(12)));
     assert!(result["boxes"]["trials"].as_u64().unwrap() >= 6);
+    let trials = result["by_category"].as_object().unwrap().values().map(|share| share["trials"].as_u64().unwrap());
+    assert_eq!(trials.sum::<u64>(), 12);
+    assert!(folder.join("found.png").is_file());
     // Scenes with one box are no question to the baseline.
     let baseline = found["denoising"]["result"]["boxes"]["trials"].as_u64().unwrap();
     assert!(baseline > 0 && baseline <= result["boxes"]["trials"].as_u64().unwrap(), "{found}");

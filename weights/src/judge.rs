@@ -38,9 +38,6 @@ pub(crate) struct Judge {
     device: String,
 }
 
-/// The shipped model's adapter.
-const SHIPPED_ADAPTER: &str = "adapter_stage1.safetensors";
-
 /// A loaded judge.
 pub(crate) struct Bench {
     pub(crate) discriminator: Discriminator,
@@ -56,7 +53,7 @@ impl Judge {
         let model_path = model_or_shipped(self.model.as_deref())?;
         let adapter_path = match (&self.adapter, &self.model) {
             (Some(path), _) => path.clone(),
-            (None, None) => model_path.join(SHIPPED_ADAPTER),
+            (None, None) => host_demo::default_adapter()?,
             (None, Some(_)) => {
                 let message = "an adapter belongs to the model it was trained on: give --adapter with --model";
                 return Err(Error::Request(message.into()));

@@ -63,6 +63,7 @@ impl Shapes {
         let line = json!({
             "image": image,
             "caption": example.caption,
+            "category": example.category,
             "hard_captions": example.hard_captions,
             "hard_images": hard,
             "expressions": example.expressions.iter().map(expression).collect::<Vec<_>>(),

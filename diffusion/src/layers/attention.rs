@@ -27,7 +27,10 @@ pub(crate) fn merge_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
 
 /// `softmax(q k^T / sqrt(width)) v`. With `upcast` the products of half-precision q and k are formed in f32.
 pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, upcast: bool) -> Result<Tensor> {
-    attend_by(BLOCK, (q, k, v), upcast)
+    match cpu::attend(q, k, v)? {
+        Some(y) => Ok(y),
+        None => attend_by(BLOCK, (q, k, v), upcast),
+    }
 }
 
 fn attend_by(block: usize, (q, k, v): (&Tensor, &Tensor, &Tensor), upcast: bool) -> Result<Tensor> {
@@ -49,7 +52,10 @@ pub(crate) fn attend_vjp(
     upcast: bool,
     with_keys: bool,
 ) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
-    attend_vjp_by(BLOCK, qkv, dy, upcast, with_keys)
+    match cpu::attend_vjp(qkv, dy, with_keys)? {
+        Some(cotangents) => Ok(cotangents),
+        None => attend_vjp_by(BLOCK, qkv, dy, upcast, with_keys),
+    }
 }
 
 fn attend_vjp_by(

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `image` | the picture's file, PNG or JPEG, relative to the folder; required |
 //! | `caption` | what it shows; required |
+//! | `category` | what it tests: matching is evaluated for each category also |
 //! | `hard_captions` | list of captions that are nearly right |
 //! | `hard_images` | list of files that nearly fit the caption |
 //! | `expressions` | list of `{"text": .., "box": [x, y, width, height]}`, the box in the picture's pixels as COCO has it |
@@ -29,6 +30,7 @@ pub struct Manifest {
 struct Line {
     image: PathBuf,
     caption: String,
+    category: Option<String>,
     #[serde(default)]
     hard_captions: Vec<String>,
     #[serde(default)]
@@ -85,6 +87,7 @@ fn example(folder: &Path, line: Line) -> Result<Example> {
         if text.trim().is_empty() { Err(Error::Request(format!("{what} is empty"))) } else { Ok(()) }
     };
     some("`caption`", &line.caption)?;
+    line.category.iter().try_for_each(|text| some("`category`", text))?;
     line.hard_captions.iter().try_for_each(|text| some("a text of `hard_captions`", text))?;
     if let Some(same) = line.hard_captions.iter().find(|text| **text == line.caption) {
         return Err(Error::Request(format!("`hard_captions` has the caption itself: \"{same}\"")));
@@ -116,6 +119,7 @@ fn example(folder: &Path, line: Line) -> Result<Example> {
     Ok(Example {
         picture: Picture::File(image),
         caption: line.caption,
+        category: line.category,
         hard_captions: line.hard_captions,
         hard_pictures: hard_images.into_iter().map(Picture::File).collect(),
         expressions: line.expressions.into_iter().map(expression).collect::<Result<_>>()?,

@@ -27,6 +27,7 @@ impl Source for ShapesSource {
         Ok(Example {
             expressions: expressions(&found.scene),
             caption: found.caption.to_string(),
+            category: Some(found.caption.category().name().into()),
             hard_captions: vec![found.other_caption.to_string()],
             hard_pictures: vec![Picture::Scene { name: name("other"), scene: found.other_scene }],
             picture: Picture::Scene { name: name("scene"), scene: found.scene },

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use host_demo::{Curve, Figure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use weights::data::{Manifest, ShapesSource, Source};
-use weights::evaluate::{Share, baselines, discriminative};
+use weights::evaluate::{Discriminative, Share, baselines, discriminative};
 use weights::world::Split;
 use weights::{Error, Result};
 
@@ -36,15 +37,16 @@ pub(crate) struct Discriminate {
     /// Write the numbers as JSON
     #[arg(long, value_name = "FILE.json")]
     json: Option<PathBuf>,
+    /// Draw the shares over the timesteps
+    #[arg(long, value_name = "FILE.png")]
+    plot: Option<PathBuf>,
     #[command(flatten)]
     judge: Judge,
 }
 
 impl Discriminate {
     pub(crate) fn run(&self) -> Result<()> {
-        if let Some(path) = &self.json {
-            host_demo::check_output(path)?;
-        }
+        self.json.iter().chain(&self.plot).try_for_each(|path| host_demo::check_output(path))?;
         let Bench { discriminator, mut encoder, adapter_path, model_path, .. } = self.judge.load()?;
         let source: Box<dyn Source> = match self.data.as_str() {
             "shapes" => Box::new(ShapesSource { seed: self.seed, split: Some(self.split), len: self.examples }),
@@ -61,7 +63,7 @@ impl Discriminate {
             ProgressBar::new(examples as u64).with_style(style).with_message(what)
         };
         println!("| | image to text | text to image | overall | boxes |\n|---|---|---|---|---|");
-        let mut by_timestep = Vec::new();
+        let (mut by_timestep, mut points) = (Vec::new(), Vec::new());
         for t in &self.t {
             let bar = bar(format!("t = {t}"));
             let step = &mut |done: usize| bar.set_position(done as u64);
@@ -69,6 +71,7 @@ impl Discriminate {
             bar.finish_and_clear();
             row(&format!("t = {t}"), [found.image_to_text, found.text_to_image, found.overall, found.boxes]);
             by_timestep.push(json!({"t": t, "result": found}));
+            points.push((*t, found));
         }
         let mut zero_shot = Value::Null;
         if let Some(draws) = self.baselines {
@@ -79,6 +82,10 @@ impl Discriminate {
             bar.finish_and_clear();
             row("denoising error", [found.image_to_text, found.text_to_image, found.overall, found.boxes]);
             zero_shot = json!({"draws": draws, "result": found});
+        }
+        by_category(&points);
+        if let Some(path) = &self.plot {
+            figure(&points).draw()?.save_png(path, &[])?;
         }
         if let Some(path) = &self.json {
             let all = json!({
@@ -96,9 +103,40 @@ impl Discriminate {
 }
 
 fn row(name: &str, shares: [Share; 4]) {
-    let cell = |share: Share| match share.trials {
-        0 => "none".to_owned(),
-        trials => format!("{:.1} % of {trials}", 100. * share.hits as f64 / trials as f64),
-    };
     println!("| {name} | {} |", shares.map(cell).join(" | "));
+}
+
+fn cell(share: Share) -> String {
+    match share.trials {
+        0 => "none".to_owned(),
+        trials => format!("{:.1} % of {trials}", percent(share)),
+    }
+}
+
+fn percent(share: Share) -> f64 {
+    100. * share.hits as f64 / share.trials.max(1) as f64
+}
+
+/// Matching by category, where the examples have any.
+fn by_category(points: &[(usize, Discriminative)]) {
+    let Some((_, first)) = points.first().filter(|(_, found)| !found.by_category.is_empty()) else { return };
+    let names: Vec<&str> = first.by_category.keys().map(String::as_str).collect();
+    println!("\n| overall, by category | {} |\n|{}", names.join(" | "), "---|".repeat(1 + names.len()));
+    for (t, found) in points {
+        let cells: Vec<String> = found.by_category.values().map(|share| cell(*share)).collect();
+        println!("| t = {t} | {} |", cells.join(" | "));
+    }
+}
+
+fn figure(points: &[(usize, Discriminative)]) -> Figure {
+    let curve = |label: &str, of: fn(&Discriminative) -> Share| {
+        let points = points.iter().map(|(t, found)| (*t as f64, percent(of(found)))).collect();
+        Curve { label: label.into(), points }
+    };
+    let curves = vec![
+        curve("image to text", |found| found.image_to_text),
+        curve("text to image", |found| found.text_to_image),
+        curve("boxes", |found| found.boxes),
+    ];
+    Figure { columns: Vec::new(), rows: Vec::new(), curves, axes: ("timestep".into(), "right, %".into()) }
 }

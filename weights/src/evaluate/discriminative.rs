@@ -1,8 +1,10 @@
+use std::collections::BTreeMap;
+
 use candle_core::Tensor;
 use serde::Serialize;
 
 use super::{box_iou, wilson};
-use crate::data::{Encoder, Source};
+use crate::data::{Encoder, Example, Source};
 use crate::world::Random;
 use crate::{Discriminator, Result, Rows};
 
@@ -42,7 +44,7 @@ impl Serialize for Share {
 }
 
 /// How well a discriminator tells pictures and texts apart at one timestep.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Discriminative {
     /// The caption scores higher than a hard negative one, for its picture.
     pub image_to_text: Share,
@@ -50,8 +52,18 @@ pub struct Discriminative {
     pub text_to_image: Share,
     /// Both.
     pub overall: Share,
+    /// Both, by the examples' category.
+    pub by_category: BTreeMap<String, Share>,
     /// An expression's box is found with an intersection over union of at least 0.5.
     pub boxes: Share,
+}
+
+impl Discriminative {
+    fn add_to_category(&mut self, example: &Example, right: bool) {
+        if let Some(category) = &example.category {
+            self.by_category.entry(category.clone()).or_default().add(right);
+        }
+    }
 }
 
 /// Rows of one run.
@@ -95,14 +107,20 @@ pub fn discriminative(
             .collect();
         for chunk in rows.chunks(BATCH) {
             let scores = discriminator.scores(&judge(chunk, encoder)?)?;
-            chunk.iter().zip(scores).for_each(|((i, _, _), score)| result.image_to_text.add(right[*i] > score));
+            for ((i, _, _), score) in chunk.iter().zip(scores) {
+                result.image_to_text.add(right[*i] > score);
+                result.add_to_category(&items[*i], right[*i] > score);
+            }
         }
         for (i, item) in items.iter().enumerate().filter(|(_, item)| !item.hard_pictures.is_empty()) {
             let others = encoder.latents(&item.hard_pictures.iter().collect::<Vec<_>>())?;
             let others = (0..item.hard_pictures.len()).map(|n| Ok(others.get(n)?)).collect::<Result<Vec<_>>>()?;
             let rows: Vec<_> = others.iter().map(|latents| (i, latents, item.caption.as_str())).collect();
             let scores = discriminator.scores(&judge(&rows, encoder)?)?;
-            scores.into_iter().for_each(|score| result.text_to_image.add(right[i] > score));
+            for score in scores {
+                result.text_to_image.add(right[i] > score);
+                result.add_to_category(item, right[i] > score);
+            }
         }
         let phrases: Vec<_> =
             items.iter().enumerate().flat_map(|(i, item)| item.expressions.iter().map(move |e| (i, e))).collect();

@@ -80,13 +80,18 @@ impl AdamW {
     }
 }
 
-/// Scales the gradients so that their joint norm is at most `limit`; returns the norm that they had.
-pub fn clip_norm(gradients: &mut BTreeMap<String, Tensor>, limit: f64) -> Result<f64> {
+/// Joint norm of gradients.
+pub fn norm_of<'a>(gradients: impl Iterator<Item = &'a Tensor>) -> Result<f64> {
     let mut square = 0.;
-    for gradient in gradients.values() {
+    for gradient in gradients {
         square += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
     }
-    let norm = square.sqrt();
+    Ok(square.sqrt())
+}
+
+/// Scales the gradients so that their joint norm is at most `limit`; returns the norm that they had.
+pub fn clip_norm(gradients: &mut BTreeMap<String, Tensor>, limit: f64) -> Result<f64> {
+    let norm = norm_of(gradients.values())?;
     if norm > limit {
         for gradient in gradients.values_mut() {
             *gradient = (&*gradient * (limit / norm))?;

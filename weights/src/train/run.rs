@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 
-use super::adamw::clip_norm;
+use super::adamw::{clip_norm, norm_of};
 use super::objective::add_gradients;
 use super::state::{self, State};
 use super::{AdamW, AdamWSettings, Batcher, Gradients, LearningRate, Metrics, Model, Objective};
@@ -160,6 +160,7 @@ impl Trainer<'_> {
             let mean = |(name, gradient): (String, Tensor)| Ok((name, (gradient.detach() / accumulate as f64)?));
             add_gradients(&mut sums, gradients.into_iter().map(mean).collect::<Result<Vec<_>>>()?.into_iter())?;
         }
+        let lora = norm_of(sums.iter().filter(|(name, _)| name.starts_with("unet.")).map(|(_, gradient)| gradient))?;
         let norm = clip_norm(&mut sums, clip)?;
         if !norm.is_finite() {
             let message = format!("step {}: the gradients hold NaN or infinity; nothing was changed", step + 1);
@@ -171,6 +172,10 @@ impl Trainer<'_> {
         let scale = self.model.discriminator().adapter().logit_scale().to_dtype(DType::F64)?.to_scalar::<f64>()?;
         values.insert("tau".into(), (-scale).exp());
         values.insert("gradient_norm".into(), norm);
+        // Of the low-rank factors' part alone: how the losses' weights should be chosen.
+        if !self.model.lora().is_empty() {
+            values.insert("lora_gradient_norm".into(), lora);
+        }
         // Of the step's seconds, what drawing, reading and encoding took.
         values.insert("data_seconds".into(), data_seconds);
         Ok((sums, values))

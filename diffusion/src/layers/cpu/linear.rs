@@ -1,6 +1,6 @@
 use candle_core::{D, Tensor};
-use gemm::{Parallelism, gemm};
 
+use super::product::{Before, Matrix, parallel_product};
 use super::{Values, tensor};
 use crate::Result;
 
@@ -25,31 +25,6 @@ pub fn linear_rows(x: &[f32], weight: &[f32], bias: &[f32], inputs: usize) -> Ve
     let (rows, outputs) = (x.len() / inputs, bias.len());
     assert!(x.len() == rows * inputs && weight.len() == outputs * inputs, "{} and {}", x.len(), weight.len());
     let mut y = bias.repeat(rows);
-    let stride = |n: usize| n as isize;
-    // SAFETY: every pointer is to a row-major matrix of the size that is given, as was asserted: y `[rows, outputs]`, x
-    // `[rows, inputs]`, weight `[outputs, inputs]`, read transposed.
-    unsafe {
-        gemm(
-            rows,
-            outputs,
-            inputs,
-            y.as_mut_ptr(),
-            1,
-            stride(outputs),
-            true,
-            x.as_ptr(),
-            1,
-            stride(inputs),
-            weight.as_ptr(),
-            stride(inputs),
-            1,
-            1.,
-            1.,
-            false,
-            false,
-            false,
-            Parallelism::Rayon(0),
-        );
-    }
+    parallel_product(&mut y, Before::AddedTo, 1., Matrix::new(x, inputs), Matrix::new(weight, inputs).t());
     y
 }

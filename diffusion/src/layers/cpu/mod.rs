@@ -2,11 +2,13 @@
 //! and chosen among at run time. The formulas of tensor operations beside which they stand are the
 //! reference: they serve other dtypes and devices, and the tests hold these against them.
 
+mod attention;
 mod conv;
 mod exp;
 mod geglu;
 mod linear;
 mod norm;
+mod product;
 mod softmax;
 mod transpose;
 
@@ -14,6 +16,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 
+pub(super) use attention::{attend, attend_vjp};
 pub(super) use conv::conv3x3;
 pub(super) use geglu::{geglu, geglu_vjp};
 pub(super) use linear::linear;
@@ -158,7 +161,8 @@ mod tests {
 
     #[test]
     fn attention() {
-        for (queries, keys) in [(5, 7), (40, 64), (3, 1)] {
+        // The last two in several blocks of rows, the last block shorter, and in blocks of the fewest rows.
+        for (queries, keys) in [(5, 7), (40, 64), (3, 1), (300, 500), (70, 5000)] {
             let all = [queries, keys, keys, queries].map(|tokens| values(tokens as u64, (3, tokens, 4)));
             let [q, k, v, dy] = all.each_ref();
             let narrow = all.each_ref().map(single);
@@ -166,6 +170,12 @@ mod tests {
             same("attention", attend(q32, k32, v32, false), attend(q, k, v, false));
             let gradient = |qkv: (&Tensor, &Tensor, &Tensor), dy: &Tensor| Ok(attend_vjp(qkv, dy, false, false)?.0);
             same("its gradient", gradient((q32, k32, v32), dy32), gradient((q, k, v), dy));
+            let narrow = attend_vjp((q32, k32, v32), dy32, false, true).unwrap();
+            let wide = attend_vjp((q, k, v), dy, false, true).unwrap();
+            let ((dk32, dv32), (dk, dv)) = (narrow.1.unwrap(), wide.1.unwrap());
+            same("that of queries, beside keys", Ok(narrow.0), Ok(wide.0));
+            same("that of keys", Ok(dk32), Ok(dk));
+            same("that of values", Ok(dv32), Ok(dv));
         }
     }
 

@@ -24,28 +24,36 @@ pub(in crate::layers) fn softmax_vjp(p: &Tensor, dp: &Tensor) -> Result<Option<T
 
 /// `softmax` of each row of `n` values.
 pub fn softmax_rows(x: &[f32], n: usize, y: &mut [f32]) {
-    y.par_chunks_mut(n).zip(x.par_chunks(n)).with_min_len(rows_at_once(n)).for_each(|(y, x)| softmax_row(x, y));
+    y.par_chunks_mut(n).zip(x.par_chunks(n)).with_min_len(rows_at_once(n)).for_each(|(y, x)| {
+        y.copy_from_slice(x);
+        softmax_row(y);
+    });
 }
 
+/// In place.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn softmax_row(x: &[f32], y: &mut [f32]) {
-    let largest = largest(x);
-    y.iter_mut().zip(x).for_each(|(y, x)| *y = exp(x - largest));
-    let inverse = 1. / sum(y);
-    y.iter_mut().for_each(|y| *y *= inverse);
+pub(super) fn softmax_row(row: &mut [f32]) {
+    let largest = largest(row);
+    row.iter_mut().for_each(|v| *v = exp(*v - largest));
+    let inverse = 1. / sum(row);
+    row.iter_mut().for_each(|v| *v *= inverse);
 }
 
 /// The gradient for `x` from the result `p` and its cotangent: `p (dp - sum(p dp))`, by rows of `n` values.
 pub fn softmax_rows_vjp(p: &[f32], dp: &[f32], n: usize, dx: &mut [f32]) {
     let rows = dx.par_chunks_mut(n).zip(p.par_chunks(n)).zip(dp.par_chunks(n));
-    rows.with_min_len(rows_at_once(n)).for_each(|((dx, p), dp)| softmax_row_vjp(p, dp, dx));
+    rows.with_min_len(rows_at_once(n)).for_each(|((dx, p), dp)| {
+        dx.copy_from_slice(dp);
+        softmax_row_vjp(p, dx);
+    });
 }
 
+/// From the cotangent to the gradient in place.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn softmax_row_vjp(p: &[f32], dp: &[f32], dx: &mut [f32]) {
-    dx.iter_mut().zip(p.iter().zip(dp)).for_each(|(d, (p, dp))| *d = p * dp);
-    let along = sum(dx);
-    dx.iter_mut().zip(p).for_each(|(d, p)| *d -= p * along);
+pub(super) fn softmax_row_vjp(p: &[f32], d: &mut [f32]) {
+    d.iter_mut().zip(p).for_each(|(d, p)| *d *= p);
+    let along = sum(d);
+    d.iter_mut().zip(p).for_each(|(d, p)| *d -= p * along);
 }
 
 /// In lanes; a NaN among the values may be passed over, the sum of exponentials is NaN all the same.
