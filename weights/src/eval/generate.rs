@@ -29,7 +29,7 @@ pub(crate) struct Generate {
     /// LoRA to sample with and no correction; may be given several times
     #[arg(long, value_name = "FILE")]
     lora: Vec<PathBuf>,
-    /// LoRA to hold the others against beside the base model, such as that of denoising alone
+    /// A file of `weights tune` whose LoRA the others are held against, beside the base model: that of denoising alone
     #[arg(long, value_name = "FILE")]
     control: Option<PathBuf>,
     /// Captions of each split
@@ -158,11 +158,8 @@ impl Generate {
             parts.reverse();
             parts.join("/")
         };
-        let alone = self.control.iter().chain(&self.lora).map(|path| Variant {
-            label: name(path),
-            lora: Some(path.clone()),
-            ..base.clone()
-        });
+        let alone =
+            self.lora.iter().map(|path| Variant { label: name(path), lora: Some(path.clone()), ..base.clone() });
         let corrected = self.adapter.iter().flat_map(|path| {
             self.eta.iter().map(|eta| Variant {
                 label: format!("{}, eta {eta}", name(path)),
@@ -171,7 +168,12 @@ impl Generate {
                 lora: None,
             })
         });
-        [base.clone()].into_iter().chain(alone).chain(corrected).collect()
+        let control = self.control.iter().map(|path| Variant {
+            label: format!("{}, control", name(path)),
+            adapter: Some(path.clone()),
+            ..base.clone()
+        });
+        [base.clone()].into_iter().chain(control).chain(alone).chain(corrected).collect()
     }
 
     fn figure(&self, points: &[(Split, Variant, Alignment)]) -> Figure {
