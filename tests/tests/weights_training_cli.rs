@@ -162,7 +162,8 @@ fn the_shipped_adapter_scores_and_grounds() {
     let wrong = if caption.contains("green") { "three blue crosses" } else { "three green crosses" };
     let few = ["--timesteps", "4", "--draws", "2"];
     let words = ["score", "--image", &image, "--prompt", wrong, "--prompt", caption];
-    let ranked = done(&folder, &[&words[..], &few].concat());
+    let ranked = done(&folder, &[&words[..], &few, &["--plot", "scored.png"]].concat());
+    assert!(tests::cli::Picture::read(&folder.join("scored.png")).size.0 >= 560);
     let lines: Vec<&str> = ranked.lines().collect();
     assert!(lines[0] == image && lines[1].ends_with(caption) && lines[2].ends_with(wrong), "{ranked}");
     let both = done(&folder, &[&words[..], &few, &["--json"]].concat());

@@ -1,5 +1,5 @@
-//! Scaled dot-product attention over heads laid out as `[B * heads, tokens, head width]`, forward and backward in blocks of
-//! query rows: the score matrix is never whole in memory, and the backward pass recomputes it instead of keeping it.
+//! Scaled dot-product attention, forward and backward in blocks of query rows: the score matrix is never whole in memory, and
+//! the backward pass recomputes it instead of keeping it.
 
 use candle_core::{D, Tensor};
 use candle_nn::ops::softmax_last_dim;
@@ -12,24 +12,55 @@ use crate::Result;
 const BLOCK: usize = 1 << 24;
 
 /// `[B, tokens, heads * width]` to `[B * heads, tokens, width]`.
-pub(crate) fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     let (b, tokens, channels) = x.dims3()?;
     let x = x.reshape((b, tokens, heads, channels / heads))?.transpose(1, 2)?;
     Ok(x.contiguous()?.reshape((b * heads, tokens, channels / heads))?)
 }
 
 /// The inverse of [`split_heads`].
-pub(crate) fn merge_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+fn merge_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     let (rows, tokens, width) = x.dims3()?;
     let x = x.reshape((rows / heads, heads, tokens, width))?.transpose(1, 2)?;
     Ok(x.contiguous()?.reshape((rows / heads, tokens, heads * width))?)
 }
 
-/// `softmax(q k^T / sqrt(width)) v`. With `upcast` the products of half-precision q and k are formed in f32.
-pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, upcast: bool) -> Result<Tensor> {
-    match cpu::attend(q, k, v)? {
-        Some(y) => Ok(y),
-        None => attend_by(BLOCK, (q, k, v), upcast),
+/// Queries `[B, queries, heads * width]`, keys and values `[B, keys, heads * width]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Attended<'a> {
+    pub(crate) q: &'a Tensor,
+    pub(crate) k: &'a Tensor,
+    pub(crate) v: &'a Tensor,
+    pub(crate) heads: usize,
+    /// Whether the products of half-precision q and k are formed in f32.
+    pub(crate) upcast: bool,
+}
+
+impl Attended<'_> {
+    /// `softmax(q k^T / sqrt(width)) v` of each head, in the shape of q.
+    pub(crate) fn attend(self) -> Result<Tensor> {
+        let Self { q, k, v, heads, upcast } = self;
+        if let Some(y) = cpu::attend((q, k, v), heads)? {
+            return Ok(y);
+        }
+        let [q, k, v] = [q, k, v].map(|t| split_heads(t, heads));
+        merge_heads(&attend_by(BLOCK, (&q?, &k?, &v?), upcast)?, heads)
+    }
+
+    /// The cotangents of q, k and v from that of the result; those of k and v only when `with_keys`.
+    ///
+    /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
+    pub(crate) fn vjp(self, dy: &Tensor, with_keys: bool) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+        let Self { q, k, v, heads, upcast } = self;
+        let dy = dy.contiguous()?;
+        if let Some(cotangents) = cpu::attend_vjp((q, k, v), &dy, heads, with_keys)? {
+            return Ok(cotangents);
+        }
+        let [q, k, v, dy] = [q, k, v, &dy].map(|t| split_heads(t, heads));
+        let (dq, dkv) = attend_vjp_by(BLOCK, (&q?, &k?, &v?), &dy?, upcast, with_keys)?;
+        let merged = |t: Tensor| merge_heads(&t, heads);
+        let dkv = dkv.map(|(dk, dv)| Ok::<_, crate::Error>((merged(dk)?, merged(dv)?))).transpose()?;
+        Ok((merged(dq)?, dkv))
     }
 }
 
@@ -41,21 +72,6 @@ fn attend_by(block: usize, (q, k, v): (&Tensor, &Tensor, &Tensor), upcast: bool)
         blocks.push(keys.weights(&q.narrow(1, start, len)?)?.to_dtype(v.dtype())?.matmul(v)?);
     }
     concatenate(blocks)
-}
-
-/// The cotangents of q, k and v; those of k and v only when `with_keys`.
-///
-/// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
-pub(crate) fn attend_vjp(
-    qkv: (&Tensor, &Tensor, &Tensor),
-    dy: &Tensor,
-    upcast: bool,
-    with_keys: bool,
-) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
-    match cpu::attend_vjp(qkv, dy, with_keys)? {
-        Some(cotangents) => Ok(cotangents),
-        None => attend_vjp_by(BLOCK, qkv, dy, upcast, with_keys),
-    }
 }
 
 fn attend_vjp_by(
@@ -208,7 +224,8 @@ mod tests {
     #[test]
     fn keys_are_left_out_unless_asked_for() {
         let (q, k, v) = inputs();
-        assert!(attend_vjp((&q, &k, &v), &q, false, false).unwrap().1.is_none());
+        let attended = Attended { q: &q, k: &k, v: &v, heads: 2, upcast: false };
+        assert!(attended.vjp(&q, false).unwrap().1.is_none());
     }
 
     #[test]
@@ -231,7 +248,7 @@ mod tests {
         let (q, k, v) = (near(10, 16), near(11, 7), half(values(12, (1, 7, 64))));
         let expected = by_definition(&q, &k, &v);
         let error = |upcast| {
-            let y = attend(&q, &k, &v, upcast).unwrap();
+            let y = Attended { q: &q, k: &k, v: &v, heads: 1, upcast }.attend().unwrap();
             assert_eq!(y.dtype(), DType::F16);
             numbers(&y).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0., f64::max)
         };
@@ -245,6 +262,7 @@ mod tests {
         let q = Tensor::full(40f32, (1, 2, 64), &candle_core::Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
         let v = values(0, (1, 2, 64)).to_dtype(DType::F16).unwrap();
         let expected = by_definition(&q, &q, &v);
-        assert_values(&attend(&q, &q, &v, false).unwrap(), &expected, 2e-3);
+        let attended = Attended { q: &q, k: &q, v: &v, heads: 1, upcast: false };
+        assert_values(&attended.attend().unwrap(), &expected, 2e-3);
     }
 }

@@ -23,11 +23,24 @@ impl Conv2d {
 
     /// `[B, in, h, w]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_by(x, None)
+    }
+
+    /// `residual + forward(x)`.
+    pub(crate) fn forward_onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        self.forward_by(x, Some(residual))
+    }
+
+    fn forward_by(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
         let x = x.contiguous()?;
-        match cpu::conv3x3(&x, &self.kernel, Some(&self.bias), self.stride)? {
-            Some(y) => Ok(y),
-            None => self.add_bias(x.conv2d(&self.kernel, 1, self.stride, 1, 1)?),
+        if let Some(y) = cpu::conv3x3(&x, &self.kernel, Some(&self.bias), residual, self.stride)? {
+            return Ok(y);
         }
+        let y = self.add_bias(x.conv2d(&self.kernel, 1, self.stride, 1, 1)?)?;
+        Ok(match residual {
+            Some(residual) => (residual + y)?,
+            None => y,
+        })
     }
 
     /// Without the symmetric padding: the input is padded by one row below and one column to the right, as the VAE's
@@ -47,7 +60,7 @@ impl Conv2d {
         }
         let kernels = self.adjoint.get().expect("set above");
         match &kernels[..] {
-            [flipped] => match cpu::conv3x3(&dy, flipped, None, 1)? {
+            [flipped] => match cpu::conv3x3(&dy, flipped, None, None, 1)? {
                 Some(dx) => Ok(dx),
                 None => Ok(dy.conv2d(flipped, 1, 1, 1, 1)?),
             },

@@ -26,21 +26,49 @@ impl Linear {
 
     /// `[.., in]` to `[.., out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(bias) = &self.bias
-            && let Some(y) = cpu::linear(x, &self.weight, bias)?
-        {
+        self.forward_by(x, None)
+    }
+
+    /// `residual + forward(x)`.
+    pub(crate) fn forward_onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+        self.forward_by(x, Some(residual))
+    }
+
+    fn forward_by(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        let x = x.contiguous()?;
+        if let Some(y) = cpu::linear(&x, &self.weight, self.bias.as_ref(), residual)? {
             return Ok(y);
         }
-        let y = matmul_last(x, &self.weight.t()?)?;
-        Ok(match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
+        let mut y = matmul_last(&x, &self.weight.t()?)?;
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        Ok(match residual {
+            Some(residual) => (residual + y)?,
             None => y,
         })
     }
 
     /// `[.., out]` to `[.., in]`.
     pub(crate) fn vjp(&self, dy: &Tensor) -> Result<Tensor> {
-        matmul_last(dy, &self.weight)
+        self.vjp_by(dy, None)
+    }
+
+    /// `before + vjp(dy)`.
+    pub(crate) fn vjp_onto(&self, before: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        self.vjp_by(dy, Some(before))
+    }
+
+    fn vjp_by(&self, dy: &Tensor, before: Option<&Tensor>) -> Result<Tensor> {
+        let dy = dy.contiguous()?;
+        if let Some(dx) = cpu::linear_vjp(&dy, &self.weight, before)? {
+            return Ok(dx);
+        }
+        let dx = matmul_last(&dy, &self.weight)?;
+        Ok(match before {
+            Some(before) => (before + dx)?,
+            None => dx,
+        })
     }
 
     /// The same map over the channels of an image, `[B, in, h, w]` to `[B, out, h, w]`: a 1x1 convolution.
@@ -63,7 +91,7 @@ fn matmul_last(x: &Tensor, matrix: &Tensor) -> Result<Tensor> {
     let (inputs, outputs) = matrix.dims2()?;
     let mut shape = x.dims().to_vec();
     *shape.last_mut().expect("a tensor with at least one dimension") = outputs;
-    Ok(x.contiguous()?.reshape(((), inputs))?.matmul(matrix)?.reshape(shape)?)
+    Ok(x.reshape(((), inputs))?.matmul(matrix)?.reshape(shape)?)
 }
 
 fn matmul_channels(matrix: &Tensor, x: &Tensor) -> Result<Tensor> {
@@ -91,6 +119,10 @@ mod tests {
         let expected: Vec<f64> = (0..30).map(|at| dot(at / 5, at % 5) + b[at % 5]).collect();
         assert_values(&y, &expected, 1e-14);
         assert_vjp("linear", &x, |x| linear.forward(x), |dy| linear.vjp(dy));
+        let (residual, dy) = (values(1, y.shape()), values(2, y.shape()));
+        let sum = |a: &Tensor, b: Tensor| numbers(&(a + b).unwrap());
+        assert_values(&linear.forward_onto(&residual, &x).unwrap(), &sum(&residual, y), 0.);
+        assert_values(&linear.vjp_onto(&x, &dy).unwrap(), &sum(&x, linear.vjp(&dy).unwrap()), 0.);
     }
 
     #[test]

@@ -19,7 +19,7 @@ mod resnet;
 mod tokens;
 
 pub(crate) use activation::{geglu, geglu_vjp, silu};
-pub(crate) use attention::{attend, attend_vjp, merge_heads, split_heads};
+pub(crate) use attention::Attended;
 pub(crate) use conv::Conv2d;
 pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;

@@ -53,10 +53,10 @@ impl ResnetBlock {
         if let (Some(projection), Some(time)) = (&self.time, time) {
             hidden = hidden.broadcast_add(&projection.forward(time)?.unsqueeze(2)?.unsqueeze(3)?)?;
         }
-        let y = self.conv2.forward(&self.norm2.forward_silu(&hidden)?)?;
+        let normal = self.norm2.forward_silu(&hidden)?;
         let y = match &self.shortcut {
-            Some(shortcut) => (shortcut.forward_channels(x)? + y)?,
-            None => (x + y)?,
+            Some(shortcut) => self.conv2.forward_onto(&shortcut.forward_channels(x)?, &normal)?,
+            None => self.conv2.forward_onto(x, &normal)?,
         };
         Ok((y, ResnetTape { x: x.clone(), hidden }))
     }

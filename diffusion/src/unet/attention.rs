@@ -1,10 +1,10 @@
 use candle_core::Tensor;
 
 use super::lora_gradients::LoraGradients;
-use crate::layers::{Linear, attend, attend_vjp, merge_heads, split_heads};
+use crate::layers::{Attended, Linear};
 use crate::{Result, Scope};
 
-/// Keys and values in heads, `[B * heads, tokens, width]`.
+/// Keys and values, `[B, tokens, channels]`.
 #[derive(Clone)]
 pub(super) struct KeysValues {
     pub(super) keys: Tensor,
@@ -19,7 +19,7 @@ pub(super) struct Attention {
     to_k: Linear,
     to_v: Linear,
     to_out: Linear,
-    pub(super) heads: usize,
+    heads: usize,
     upcast: bool,
 }
 
@@ -37,7 +37,7 @@ struct Projected {
     keys_values: Option<(Tensor, Tensor)>,
 }
 
-/// What the backward pass of one [`Attention`] needs, in heads.
+/// What the backward pass of one [`Attention`] needs, `[B, tokens, channels]`.
 pub(super) struct AttentionTape {
     queries: Tensor,
     keys_values: KeysValues,
@@ -76,15 +76,23 @@ impl Attention {
 
     /// `[B, tokens, context]` to keys and values.
     pub(super) fn keys_values(&self, context: &Tensor) -> Result<KeysValues> {
-        let keys = split_heads(&self.to_k.forward(context)?, self.heads)?;
-        Ok(KeysValues { keys, values: split_heads(&self.to_v.forward(context)?, self.heads)? })
+        Ok(KeysValues { keys: self.to_k.forward(context)?, values: self.to_v.forward(context)? })
     }
 
-    pub(super) fn record(&self, x: &Tensor, keys_values: KeysValues) -> Result<(Tensor, AttentionTape)> {
-        let queries = split_heads(&self.to_q.forward(x)?, self.heads)?;
-        let y = attend(&queries, &keys_values.keys, &keys_values.values, self.upcast)?;
-        let y = self.to_out.forward(&merge_heads(&y, self.heads)?)?;
-        Ok((y, AttentionTape { queries, keys_values }))
+    /// What attention adds to `residual`, `[B, tokens, channels]` as `x`, together with that.
+    pub(super) fn record(
+        &self,
+        residual: &Tensor,
+        x: &Tensor,
+        keys_values: KeysValues,
+    ) -> Result<(Tensor, AttentionTape)> {
+        let tape = AttentionTape { queries: self.to_q.forward(x)?, keys_values };
+        Ok((self.to_out.forward_onto(residual, &self.attended(&tape).attend()?)?, tape))
+    }
+
+    fn attended<'a>(&self, tape: &'a AttentionTape) -> Attended<'a> {
+        let AttentionTape { queries, keys_values: KeysValues { keys, values } } = tape;
+        Attended { q: queries, k: keys, v: values, heads: self.heads, upcast: self.upcast }
     }
 
     /// The gradient for `x` where keys and values are fixed (cross-attention).
@@ -116,16 +124,12 @@ impl Attention {
             self.add_lora_gradients(tape, dy, &gradients, &inputs()?, lora)?;
         }
         let (dk, dv) = gradients.keys_values.expect("asked for");
-        Ok(((self.to_q.vjp(&gradients.queries)? + self.to_k.vjp(&dk)?)? + self.to_v.vjp(&dv)?)?)
+        self.to_v.vjp_onto(&self.to_k.vjp_onto(&self.to_q.vjp(&gradients.queries)?, &dk)?, &dv)
     }
 
     fn vjp_projected(&self, tape: &AttentionTape, dy: &Tensor, keys: bool) -> Result<Projected> {
-        let dy = split_heads(&self.to_out.vjp(dy)?, self.heads)?;
-        let KeysValues { keys: k, values: v } = &tape.keys_values;
-        let (dq, dkv) = attend_vjp((&tape.queries, k, v), &dy, self.upcast, keys)?;
-        let merged = |t: Tensor| merge_heads(&t, self.heads);
-        let keys_values = dkv.map(|(dk, dv)| Ok::<_, crate::Error>((merged(dk)?, merged(dv)?))).transpose()?;
-        Ok(Projected { queries: merged(dq)?, keys_values })
+        let (queries, keys_values) = self.attended(tape).vjp(&self.to_out.vjp(dy)?, keys)?;
+        Ok(Projected { queries, keys_values })
     }
 
     fn add_lora_gradients(
@@ -137,8 +141,7 @@ impl Attention {
         lora: &mut LoraGradients,
     ) -> Result<()> {
         let (dk, dv) = gradients.keys_values.as_ref().expect("asked for where LoRA is");
-        let KeysValues { keys, values } = &tape.keys_values;
-        let attended = merge_heads(&attend(&tape.queries, keys, values, self.upcast)?, self.heads)?;
+        let attended = self.attended(tape).attend()?;
         let module = |name: &str| format!("{}.{name}", self.path);
         lora.add(&module("to_q"), &inputs.x, &gradients.queries)?;
         lora.add(&module("to_k"), &inputs.context, dk)?;
@@ -166,7 +169,7 @@ mod tests {
     #[test]
     fn self_attention_gradient_passes_queries_keys_and_values() {
         let (attention, x) = (attention(8), values(0, (2, 6, 8)));
-        let record = |x: &Tensor| attention.record(x, attention.keys_values(x)?);
+        let record = |x: &Tensor| attention.record(&x.zeros_like()?, x, attention.keys_values(x)?);
         let vjp =
             |dy: &Tensor| attention.vjp_self(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default());
         assert_vjp("self-attention", &x, |x| Ok(record(x)?.0), vjp);
@@ -176,7 +179,7 @@ mod tests {
     fn cross_attention_gradient_passes_queries_alone() {
         let (attention, x) = (attention(5), values(0, (2, 6, 8)));
         let text = attention.keys_values(&values(9, (2, 3, 5))).unwrap();
-        let record = |x: &Tensor| attention.record(x, text.clone());
+        let record = |x: &Tensor| attention.record(&x.zeros_like()?, x, text.clone());
         let vjp =
             |dy: &Tensor| attention.vjp_queries(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default());
         assert_vjp("cross-attention", &x, |x| Ok(record(x)?.0), vjp);

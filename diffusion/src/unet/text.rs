@@ -23,7 +23,7 @@ impl TextSlot {
 /// weights change.
 #[derive(Clone)]
 pub struct TextKeys {
-    slots: Vec<(usize, KeysValues)>,
+    slots: Vec<KeysValues>,
     /// What they were made from, `[B, tokens, cross_attention_dim]`.
     context: Tensor,
     pub(super) revision: u64,
@@ -37,12 +37,10 @@ impl TextKeys {
 
     /// The texts `start .. start + len` alone.
     pub fn rows(&self, start: usize, len: usize) -> Result<Self> {
-        let rows = |t: &Tensor, heads: usize| -> Result<Tensor> { Ok(t.narrow(0, start * heads, len * heads)?) };
-        let narrow = |(heads, kv): &(usize, KeysValues)| -> Result<_> {
-            Ok((*heads, KeysValues { keys: rows(&kv.keys, *heads)?, values: rows(&kv.values, *heads)? }))
-        };
+        let rows = |t: &Tensor| -> Result<Tensor> { Ok(t.narrow(0, start, len)?) };
+        let narrow = |kv: &KeysValues| Ok(KeysValues { keys: rows(&kv.keys)?, values: rows(&kv.values)? });
         let slots = self.slots.iter().map(narrow).collect::<Result<_>>()?;
-        Ok(Self { slots, context: self.context.narrow(0, start, len)?, revision: self.revision })
+        Ok(Self { slots, context: rows(&self.context)?, revision: self.revision })
     }
 
     /// Whether they were computed with the weights that `unet` has now.
@@ -55,7 +53,7 @@ impl TextKeys {
     }
 
     pub(super) fn at(&self, slot: TextSlot) -> KeysValues {
-        self.slots[slot.0].1.clone()
+        self.slots[slot.0].clone()
     }
 }
 
@@ -72,7 +70,7 @@ impl UNet {
         }
         let context = context.to_dtype(self.dtype)?.to_device(&self.device)?;
         let cross = self.attentions().skip(1).step_by(2); // attn1, attn2, attn1, ...
-        let slots = cross.map(|attn2| Ok((attn2.heads, attn2.keys_values(&context)?))).collect::<Result<_>>()?;
+        let slots = cross.map(|attn2| attn2.keys_values(&context)).collect::<Result<_>>()?;
         Ok(TextKeys { slots, context, revision: self.revision })
     }
 }

@@ -115,12 +115,10 @@ impl TransformerBlock {
     fn record(&self, x: &Tensor, text: &TextKeys) -> Result<(Tensor, BlockTape)> {
         let x1 = x.clone();
         let normal = self.norm1.forward(&x1)?;
-        let (y, attn1) = self.attn1.record(&normal, self.attn1.keys_values(&normal)?)?;
-        let x2 = (&x1 + y)?;
-        let (y, attn2) = self.attn2.record(&self.norm2.forward(&x2)?, text.at(self.slot))?;
-        let x3 = (&x2 + y)?;
+        let (x2, attn1) = self.attn1.record(&x1, &normal, self.attn1.keys_values(&normal)?)?;
+        let (x3, attn2) = self.attn2.record(&x2, &self.norm2.forward(&x2)?, text.at(self.slot))?;
         let hidden = self.ff_in.forward(&self.norm3.forward(&x3)?)?;
-        let y = (&x3 + self.ff_out.forward(&geglu(&hidden)?)?)?;
+        let y = self.ff_out.forward_onto(&x3, &geglu(&hidden)?)?;
         Ok((y, BlockTape { x1, attn1, x2, attn2, x3, hidden, context: text.context().clone() }))
     }
 

@@ -1,7 +1,7 @@
 use candle_core::Tensor;
 
 use super::config::VaeConfig;
-use crate::layers::{GroupNorm, Linear, ResnetBlock, ResnetSizes, attend};
+use crate::layers::{Attended, GroupNorm, Linear, ResnetBlock, ResnetSizes};
 use crate::{Result, Scope};
 
 /// Epsilon of every group norm in the autoencoder.
@@ -69,7 +69,8 @@ impl SpatialAttention {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let tokens = self.norm.forward(x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
         let [q, k, v] = [&self.query, &self.key, &self.value].map(|projection| projection.forward(&tokens));
-        let y = self.out.forward(&attend(&q?, &k?, &v?, false)?)?;
+        let attended = Attended { q: &q?, k: &k?, v: &v?, heads: 1, upcast: false };
+        let y = self.out.forward(&attended.attend()?)?;
         Ok((y.transpose(1, 2)?.contiguous()?.reshape(x.shape())? + x)?)
     }
 }

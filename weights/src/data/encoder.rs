@@ -48,6 +48,11 @@ impl Encoder {
         Ok(Self { text, vae, device: device.clone(), size, latents, texts, folder, fingerprint })
     }
 
+    /// Width and height that pictures are stretched to, in pixels.
+    pub fn size(&self) -> (u32, u32) {
+        self.size
+    }
+
     /// Scaled latents of pictures, `[n, channels, h, w]` in f32: the mean of the distribution that the autoencoder gives, so
     /// that they can be remembered.
     pub fn latents(&mut self, pictures: &[&Picture]) -> Result<Tensor> {

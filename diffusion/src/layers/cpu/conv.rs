@@ -1,7 +1,9 @@
+use std::mem::MaybeUninit;
+
 use candle_core::Tensor;
-use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
+use super::product::{Before, Matrix, Shared, product_into, written};
 use super::{Values, tensor};
 use crate::Result;
 
@@ -10,8 +12,8 @@ const BLOCK: usize = 1 << 17;
 /// Pixels that a task takes, where there are as many.
 const LEAST_PIXELS: usize = 64;
 
-/// A 3x3 convolution, padding 1, stride 1 or 2, with its bias: `[B, in, h, w]` and `[out, in, 3, 3]` to
-/// `[B, out, ceil(h / stride), ceil(w / stride)]`. `None` where the tensors are not contiguous f32 in main memory.
+/// A 3x3 convolution, padding 1, stride 1 or 2, with its bias, and a tensor of the result's shape that is to be added:
+/// `[B, in, h, w]` and `[out, in, 3, 3]` to `[B, out, ceil(h / stride), ceil(w / stride)]`. `None` where the tensors are not contiguous f32 in main memory.
 ///
 /// Each task takes some output rows of one picture: the neighbourhoods of their pixels become a matrix `[9 in, pixels]`, and
 /// the kernel's product with it lies in the output as it is. Nothing is laid out anew for the whole batch.
@@ -19,6 +21,7 @@ pub(in crate::layers) fn conv3x3(
     x: &Tensor,
     kernel: &Tensor,
     bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
     stride: usize,
 ) -> Result<Option<Tensor>> {
     let (batch, inputs, height, width) = x.dims4()?;
@@ -34,57 +37,48 @@ pub(in crate::layers) fn conv3x3(
         biases => biases.flatten(),
     };
     let (rows, columns) = (height.div_ceil(stride), width.div_ceil(stride));
-    let mut y = vec![0f32; batch * outputs * rows * columns];
+    let residual = match residual.map(|residual| (residual.dims(), Values::of(residual))) {
+        None => None,
+        Some((dims, Some(values))) if dims == [batch, outputs, rows, columns] => Some(values),
+        Some(_) => return Ok(None),
+    };
     // At least a few pixels, or the kernel is read more often than it pays.
     let least = LEAST_PIXELS.div_ceil(columns);
     let block_rows = (BLOCK / (9 * inputs * columns)).max(least).min(rows);
-    let blocks = rows.div_ceil(block_rows);
-    let shared = Shared(y.as_mut_ptr());
-    let (xs, weights, biases) = (&*xs, &*weights, biases.as_deref());
-    (0..batch * blocks).into_par_iter().for_each_init(Vec::new, |patches: &mut Vec<f32>, task| {
-        let (item, first) = (task / blocks, task % blocks * block_rows);
-        let count = block_rows.min(rows - first);
-        let pixels = count * columns;
-        patches.clear();
-        patches.resize(9 * inputs * pixels, 0.);
-        let image = &xs[item * inputs * height * width..][..inputs * height * width];
-        let geometry = Geometry { height, width, columns, stride };
-        neighbourhoods(image, geometry, first..first + count, patches);
-        let plane = rows * columns;
-        for output in 0..outputs {
-            let start = (item * outputs + output) * plane + first * columns;
-            // SAFETY: tasks write the pixels of their own item and rows, which no other task touches; `y` outlives the loop.
-            let row = unsafe { std::slice::from_raw_parts_mut(shared.at(start), pixels) };
-            row.fill(biases.map_or(0., |biases| biases[output]));
-        }
-        let start = item * outputs * plane + first * columns;
-        let depth = 9 * inputs;
-        // SAFETY: the output's rows are `plane` apart and `pixels` long, within this task's part of `y`; the kernel is
-        // `[outputs, depth]` and the patches `[depth, pixels]`, both row-major and of that length.
-        unsafe {
-            gemm(
-                outputs,
-                pixels,
-                depth,
-                shared.at(start),
-                1,
-                plane as isize,
-                true,
-                weights.as_ptr(),
-                1,
-                depth as isize,
-                patches.as_ptr(),
-                1,
-                pixels as isize,
-                1.,
-                1.,
-                false,
-                false,
-                false,
-                Parallelism::None,
-            );
-        }
-    });
+    let (blocks, plane) = (rows.div_ceil(block_rows), rows * columns);
+    let (xs, weights, biases, residual) = (&*xs, &*weights, biases.as_deref(), residual.as_deref());
+    let convolve = |y: &Shared| {
+        (0..batch * blocks).into_par_iter().for_each_init(Vec::new, |patches: &mut Vec<f32>, task| {
+            let (item, first) = (task / blocks, task % blocks * block_rows);
+            let count = block_rows.min(rows - first);
+            let pixels = count * columns;
+            patches.clear();
+            patches.resize(9 * inputs * pixels, 0.);
+            let image = &xs[item * inputs * height * width..][..inputs * height * width];
+            let geometry = Geometry { height, width, columns, stride };
+            neighbourhoods(image, geometry, first..first + count, patches);
+            for output in 0..outputs {
+                let start = (item * outputs + output) * plane + first * columns;
+                let bias = biases.map_or(0., |biases| biases[output]);
+                // SAFETY: tasks write the pixels of their own item and rows, which no other task touches; `y` outlives the loop.
+                let row = unsafe { std::slice::from_raw_parts_mut(y.at(start).cast::<MaybeUninit<f32>>(), pixels) };
+                match residual {
+                    None => row.fill(MaybeUninit::new(bias)),
+                    Some(values) => row.iter_mut().zip(&values[start..]).for_each(|(y, value)| {
+                        y.write(value + bias);
+                    }),
+                }
+            }
+            let start = item * outputs * plane + first * columns;
+            let kernel = Matrix::new(weights, 9 * inputs);
+            // SAFETY: the output's rows are `plane` apart; the pixels of this item and these rows no other task touches.
+            unsafe {
+                product_into(y.at(start), plane, Before::AddedTo, 1., kernel, Matrix::new(patches, pixels));
+            }
+        });
+    };
+    // SAFETY: every pixel of every output is written before anything is added to it.
+    let y = unsafe { written(batch * outputs * plane, convolve) };
     tensor(y, (batch, outputs, rows, columns)).map(Some)
 }
 
@@ -122,15 +116,3 @@ fn neighbourhoods(image: &[f32], geometry: Geometry, rows: std::ops::Range<usize
         }
     }
 }
-
-/// A pointer that tasks share to write disjoint parts.
-struct Shared(*mut f32);
-
-impl Shared {
-    fn at(&self, offset: usize) -> *mut f32 {
-        self.0.wrapping_add(offset)
-    }
-}
-
-// SAFETY: whoever writes through it sees to it that parts are disjoint.
-unsafe impl Sync for Shared {}

@@ -19,8 +19,8 @@ use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 pub(super) use attention::{attend, attend_vjp};
 pub(super) use conv::conv3x3;
 pub(super) use geglu::{geglu, geglu_vjp};
-pub(super) use linear::linear;
 pub use linear::linear_rows;
+pub(super) use linear::{linear, linear_vjp};
 pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
 pub use norm::{layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp};
 pub(super) use softmax::{softmax, softmax_vjp};
@@ -74,7 +74,7 @@ mod tests {
     use candle_core::DType;
 
     use crate::layers::finite_difference::{assert_values, numbers, values, weights};
-    use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear, attend, attend_vjp, geglu, geglu_vjp};
+    use crate::layers::{Attended, Conv2d, GroupNorm, LayerNorm, Linear, geglu, geglu_vjp};
     use crate::{Checkpoint, Result};
 
     use super::*;
@@ -112,6 +112,9 @@ mod tests {
                 let (wide, narrow) = (load(&wide), load(&narrow));
                 let what = format!("{inputs} to {outputs} at {h}x{w}, stride {stride}");
                 same(&what, narrow.forward(&single(&x)), wide.forward(&x));
+                let residual = values(2, wide.forward(&x).unwrap().shape());
+                let onto = (narrow.forward_onto(&single(&residual), &single(&x)), wide.forward_onto(&residual, &x));
+                same(&what, onto.0, onto.1);
                 if stride == 1 {
                     same(&what, narrow.vjp(&single(&dy), (h, w)), wide.vjp(&dy, (h, w)));
                 }
@@ -153,7 +156,19 @@ mod tests {
             let (wide, narrow) = both(&[("weight", &[outputs, inputs]), ("bias", &[outputs])]);
             let load = |file: &Checkpoint| Linear::load(&file.root(), inputs, outputs).unwrap();
             let x = values(0, (2, tokens, inputs));
-            same("linear", load(&narrow).forward(&single(&x)), load(&wide).forward(&x));
+            let (residual, dy) = (values(2, (2, tokens, outputs)), values(3, (2, tokens, outputs)));
+            let (residual32, x32, dy32) = (single(&residual), single(&x), single(&dy));
+            same("linear", load(&narrow).forward(&x32), load(&wide).forward(&x));
+            same("onto", load(&narrow).forward_onto(&residual32, &x32), load(&wide).forward_onto(&residual, &x));
+            same("vjp", load(&narrow).vjp(&dy32), load(&wide).vjp(&dy));
+            same("vjp onto", load(&narrow).vjp_onto(&x32, &dy32), load(&wide).vjp_onto(&x, &dy));
+            let no_bias = |file: &Checkpoint| Linear::load_no_bias(&file.root(), inputs, outputs).unwrap();
+            same("no bias", no_bias(&narrow).forward(&x32), no_bias(&wide).forward(&x));
+            same(
+                "and onto",
+                no_bias(&narrow).forward_onto(&residual32, &x32),
+                no_bias(&wide).forward_onto(&residual, &x),
+            );
             let strided = values(1, (2, inputs, tokens)).t().unwrap();
             same("strided", load(&narrow).forward(&single(&strided)), load(&wide).forward(&strided));
         }
@@ -163,19 +178,23 @@ mod tests {
     fn attention() {
         // The last two in several blocks of rows, the last block shorter, and in blocks of the fewest rows.
         for (queries, keys) in [(5, 7), (40, 64), (3, 1), (300, 500), (70, 5000)] {
-            let all = [queries, keys, keys, queries].map(|tokens| values(tokens as u64, (3, tokens, 4)));
-            let [q, k, v, dy] = all.each_ref();
+            let all = [queries, keys, keys, queries].map(|tokens| values(tokens as u64, (3, tokens, 8)));
             let narrow = all.each_ref().map(single);
-            let [q32, k32, v32, dy32] = narrow.each_ref();
-            same("attention", attend(q32, k32, v32, false), attend(q, k, v, false));
-            let gradient = |qkv: (&Tensor, &Tensor, &Tensor), dy: &Tensor| Ok(attend_vjp(qkv, dy, false, false)?.0);
-            same("its gradient", gradient((q32, k32, v32), dy32), gradient((q, k, v), dy));
-            let narrow = attend_vjp((q32, k32, v32), dy32, false, true).unwrap();
-            let wide = attend_vjp((q, k, v), dy, false, true).unwrap();
-            let ((dk32, dv32), (dk, dv)) = (narrow.1.unwrap(), wide.1.unwrap());
-            same("that of queries, beside keys", Ok(narrow.0), Ok(wide.0));
-            same("that of keys", Ok(dk32), Ok(dk));
-            same("that of values", Ok(dv32), Ok(dv));
+            let attended = |all: &[Tensor; 4], with_keys: bool| {
+                let [q, k, v, dy] = all;
+                let attended = Attended { q, k, v, heads: 2, upcast: false };
+                (attended.attend(), attended.vjp(dy, with_keys).unwrap())
+            };
+            for with_keys in [false, true] {
+                let ((narrow_y, narrow_vjp), (y, vjp)) = (attended(&narrow, with_keys), attended(&all, with_keys));
+                same("attention", narrow_y, y);
+                same("the queries' gradient", Ok(narrow_vjp.0), Ok(vjp.0));
+                assert_eq!((narrow_vjp.1.is_some(), vjp.1.is_some()), (with_keys, with_keys));
+                if let (Some((narrow_dk, narrow_dv)), Some((dk, dv))) = (narrow_vjp.1, vjp.1) {
+                    same("the keys' gradient", Ok(narrow_dk), Ok(dk));
+                    same("the values' gradient", Ok(narrow_dv), Ok(dv));
+                }
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 use gemm::{Parallelism, gemm};
 
-/// A matrix in memory, row-major or the transpose of one that is.
+/// A matrix in memory: part of one that is row-major, or the transpose of such a part.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
     values: &'a [f32],
@@ -15,11 +15,14 @@ impl<'a> Matrix<'a> {
     pub(super) fn new(values: &'a [f32], columns: usize) -> Self {
         let rows = values.len() / columns;
         assert_eq!(values.len(), rows * columns, "rows of {columns}");
-        Self { values, rows, columns, row_stride: columns, column_stride: 1 }
+        Self::part(values, rows, columns, columns)
     }
 
-    pub(super) fn rows(&self) -> usize {
-        self.rows
+    /// `rows` of `columns` values each, `stride` apart, from the first value on.
+    pub(super) fn part(values: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
+        let reach = if rows == 0 { 0 } else { (rows - 1) * stride + columns };
+        assert!(columns <= stride && reach <= values.len(), "{rows} rows of {columns}, {stride} apart");
+        Self { values, rows, columns, row_stride: stride, column_stride: 1 }
     }
 
     pub(super) fn t(self) -> Self {
@@ -40,28 +43,60 @@ pub(super) enum Before {
     AddedTo,
 }
 
-/// `y = scale a b`, or that added to y, row-major; on this thread alone.
+/// `y = scale a b`, or that added to y, in whole rows; on this thread alone.
 pub(super) fn product(y: &mut [f32], before: Before, scale: f32, a: Matrix, b: Matrix) {
-    multiply(y, before, scale, a, b, Parallelism::None);
+    assert_eq!(y.len(), a.rows * b.columns, "values of a product");
+    // SAFETY: y has as many values as the product, whose rows follow each other.
+    unsafe { multiply(y.as_mut_ptr(), b.columns, before, scale, a, b, Parallelism::None) };
 }
 
-/// The same by all threads.
-pub(super) fn parallel_product(y: &mut [f32], before: Before, scale: f32, a: Matrix, b: Matrix) {
-    multiply(y, before, scale, a, b, Parallelism::Rayon(0));
+/// `a b`, in whole rows, added to `y` where it is given; by all threads.
+pub(super) fn parallel_product(y: Option<Vec<f32>>, a: Matrix, b: Matrix) -> Vec<f32> {
+    let count = a.rows * b.columns;
+    let by_all = |y: *mut f32, before| {
+        // SAFETY: y has room for as many values as the product, whose rows follow each other.
+        unsafe { multiply(y, b.columns, before, 1., a, b, Parallelism::Rayon(0)) }
+    };
+    match y {
+        Some(mut y) => {
+            assert_eq!(y.len(), count, "values of a product");
+            by_all(y.as_mut_ptr(), Before::AddedTo);
+            y
+        }
+        // SAFETY: the product is written over all of it.
+        None => unsafe { written(count, |y| by_all(y.at(0), Before::Replaced)) },
+    }
 }
 
-fn multiply(y: &mut [f32], before: Before, scale: f32, a: Matrix, b: Matrix, parallelism: Parallelism) {
-    assert!(a.columns == b.rows && y.len() == a.rows * b.columns, "{} values of a product", y.len());
+/// The same on this thread alone, into rows that are `stride` apart.
+///
+/// # Safety
+/// Nothing else reads or writes these parts of the rows, all of which lie in one allocation, until it is done.
+pub(super) unsafe fn product_into(y: *mut f32, stride: usize, before: Before, scale: f32, a: Matrix, b: Matrix) {
+    // SAFETY: the caller's.
+    unsafe { multiply(y, stride, before, scale, a, b, Parallelism::None) };
+}
+
+unsafe fn multiply(
+    y: *mut f32,
+    y_stride: usize,
+    before: Before,
+    scale: f32,
+    a: Matrix,
+    b: Matrix,
+    parallelism: Parallelism,
+) {
+    assert_eq!(a.columns, b.rows, "the inner sizes of a product");
     let stride = |n: usize| n as isize;
-    // SAFETY: a matrix's strides stay within its values, by how it is made; y has as many values as the product.
+    // SAFETY: a matrix's strides stay within its values, as was asserted when it was made; y is the caller's to answer for.
     unsafe {
         gemm(
             a.rows,
             b.columns,
             a.columns,
-            y.as_mut_ptr(),
+            y,
             1,
-            stride(b.columns),
+            stride(y_stride),
             before == Before::AddedTo,
             a.values.as_ptr(),
             stride(a.column_stride),
@@ -77,4 +112,32 @@ fn multiply(y: &mut [f32], before: Before, scale: f32, a: Matrix, b: Matrix, par
             parallelism,
         );
     }
+}
+
+/// A pointer that tasks share to write disjoint parts.
+pub(super) struct Shared(*mut f32);
+
+impl Shared {
+    pub(super) fn of(values: &mut [f32]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    pub(super) fn at(&self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+// SAFETY: whoever writes through it sees to it that parts are disjoint.
+unsafe impl Sync for Shared {}
+
+/// `count` values as `write` leaves them: memory is not filled before.
+///
+/// # Safety
+/// `write` writes every value and reads none that it has not written.
+pub(super) unsafe fn written(count: usize, write: impl FnOnce(&Shared)) -> Vec<f32> {
+    let mut values = Vec::with_capacity(count);
+    write(&Shared(values.as_mut_ptr()));
+    // SAFETY: there is room for as many, and all are written.
+    unsafe { values.set_len(count) };
+    values
 }
