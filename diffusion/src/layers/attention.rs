@@ -50,7 +50,7 @@ impl Attended<'_> {
     /// The cotangents of q, k and v from that of the result; those of k and v only when `with_keys`.
     ///
     /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
-    pub(crate) fn vjp(self, dy: &Tensor, with_keys: bool) -> Result<(Tensor, Option<(Tensor, Tensor)>)> {
+    pub(crate) fn vjp(self, dy: &Tensor, with_keys: bool) -> Result<cpu::Cotangents<Tensor>> {
         let Self { q, k, v, heads, upcast } = self;
         let dy = dy.contiguous()?;
         if let Some(cotangents) = cpu::attend_vjp((q, k, v), &dy, heads, with_keys)? {

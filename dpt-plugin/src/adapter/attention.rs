@@ -3,6 +3,7 @@ use diffusion::Scope;
 
 use super::AdapterSizes;
 use super::dropout::Dropout;
+use super::fused;
 use super::layers::{Linear, softmax};
 use crate::Result;
 
@@ -34,15 +35,22 @@ impl MultiheadAttention {
         value: &Tensor,
         dropout: &mut Dropout,
     ) -> Result<Tensor> {
-        let (b, tokens, d) = query.dims3()?;
-        let split = |x: Tensor| -> Result<Tensor> {
-            let tokens = x.dim(1)?;
-            Ok(x.reshape((b, tokens, self.heads, d / self.heads))?.transpose(1, 2)?.contiguous()?)
-        };
-        let q = split((self.q.forward(query)? * (1. / ((d / self.heads) as f64).sqrt()))?)?;
-        let (k, v) = (split(self.k.forward(key)?)?, split(self.v.forward(value)?)?);
-        let weights = dropout.apply(softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?)?)?;
-        let y = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((b, tokens, d))?;
-        self.out.forward(&y)
+        let (q, k, v) = (self.q.forward(query)?, self.k.forward(key)?, self.v.forward(value)?);
+        self.out.forward(&attend(&q, &k, &v, self.heads, dropout)?)
     }
+}
+
+/// What each head of queries `[B, Q, d]` attends to in keys and values `[B, S, d]`, `[B, Q, d]`.
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, dropout: &mut Dropout) -> Result<Tensor> {
+    if !dropout.drops() && [q, k, v].into_iter().all(fused::takes) {
+        return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, fused::Attention { heads })?);
+    }
+    let (b, tokens, d) = q.dims3()?;
+    let split = |x: &Tensor| -> Result<Tensor> {
+        let tokens = x.dim(1)?;
+        Ok(x.reshape((b, tokens, heads, d / heads))?.transpose(1, 2)?.contiguous()?)
+    };
+    let (q, k, v) = (split(&(q * (1. / ((d / heads) as f64).sqrt()))?)?, split(k)?, split(v)?);
+    let weights = dropout.apply(softmax(&q.matmul(&k.transpose(2, 3)?.contiguous()?)?)?)?;
+    Ok(weights.matmul(&v)?.transpose(1, 2)?.contiguous()?.reshape((b, tokens, d))?)
 }

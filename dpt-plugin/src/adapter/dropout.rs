@@ -24,6 +24,11 @@ impl<'a> Dropout<'a> {
         Self((probability > 0.).then_some(Dropped { probability, bits }))
     }
 
+    /// Whether anything is dropped.
+    pub(super) fn drops(&self) -> bool {
+        self.0.is_some()
+    }
+
     pub(super) fn apply(&mut self, x: Tensor) -> Result<Tensor> {
         let Some(Dropped { probability, bits }) = &mut self.0 else { return Ok(x) };
         const VALUES: f64 = 65536.;

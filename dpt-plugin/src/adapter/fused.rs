@@ -1,8 +1,8 @@
 //! Operations that candle's autograd follows as one, for f32 on the CPU: fewer passes over memory, and no gradients for
 //! weights that are not trained. Elsewhere [`super::layers`] goes by tensor operations, which these are tested against.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
-use diffusion::kernels;
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Storage, Tensor};
+use diffusion::kernels::{self, AttentionSizes};
 
 /// Whether these operations take a tensor.
 pub(super) fn takes(x: &Tensor) -> bool {
@@ -16,19 +16,24 @@ fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
-/// Calls `f` with the values of two contiguous f32 tensors on the CPU, to fill as many as the first has.
+/// Calls `f` with the values of contiguous f32 tensors on the CPU.
+fn with_values<const N: usize, T>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> T) -> Result<T> {
+    let locked = tensors.map(Tensor::storage_and_layout);
+    let mut all = [&[][..]; N];
+    for (found, (storage, layout)) in all.iter_mut().zip(&locked) {
+        *found = match &**storage {
+            Storage::Cpu(storage) => values(storage, layout)?,
+            _ => candle_core::bail!("a fused operation takes tensors in main memory"),
+        };
+    }
+    Ok(f(all))
+}
+
+/// Calls `f` with the values of two f32 tensors on the CPU, to fill as many as the first has.
 fn filled(a: &Tensor, b: &Tensor, f: impl FnOnce(&[f32], &[f32], &mut [f32])) -> Result<Tensor> {
     let (a, b) = (a.contiguous()?, b.contiguous()?);
     let mut out = vec![0f32; a.elem_count()];
-    {
-        let ((a, a_layout), (b, b_layout)) = (a.storage_and_layout(), b.storage_and_layout());
-        match (&*a, &*b) {
-            (candle_core::Storage::Cpu(a), candle_core::Storage::Cpu(b)) => {
-                f(values(a, a_layout)?, values(b, b_layout)?, &mut out);
-            }
-            _ => candle_core::bail!("a fused operation takes tensors in main memory"),
-        }
-    }
+    with_values([&a, &b], |[a, b]| f(a, b, &mut out))?;
     Tensor::from_vec(out, a.shape(), a.device())
 }
 
@@ -119,6 +124,54 @@ impl CustomOp3 for LayerNorm {
     }
 }
 
+/// Queries, keys and values `[B, tokens, heads * width]`, already projected, to what each head attends to.
+pub(super) struct Attention {
+    pub(super) heads: usize,
+}
+
+impl Attention {
+    fn sizes(&self, q: &Shape, k: &Shape) -> Result<AttentionSizes> {
+        let ((batch, queries, channels), (_, keys, _)) = (q.dims3()?, k.dims3()?);
+        Ok(AttentionSizes { batch, heads: self.heads, queries, keys, width: channels / self.heads })
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let sizes = self.sizes(q_layout.shape(), k_layout.shape())?;
+        let qkv = (values(q, q_layout)?, values(k, k_layout)?, values(v, v_layout)?);
+        Ok((CpuStorage::F32(kernels::attend_heads(qkv, sizes)), q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let sizes = self.sizes(q.shape(), k.shape())?;
+        let dy = dy.contiguous()?;
+        let found = with_values([q, k, v, &dy], |[q, k, v, dy]| kernels::attend_heads_vjp((q, k, v), dy, sizes, true))?;
+        let (dq, Some((dk, dv))) = found else { unreachable!("the keys' are asked for") };
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
+        Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
+    }
+}
+
 /// Softmax over the last dimension.
 pub(super) struct Softmax;
 
@@ -145,7 +198,7 @@ impl CustomOp1 for Softmax {
 mod tests {
     use candle_core::{Device, Var};
 
-    use super::super::layers;
+    use super::super::{Dropout, attention, layers};
     use super::*;
 
     fn numbers(seed: f64, shape: &[usize]) -> Tensor {
@@ -185,6 +238,11 @@ mod tests {
             layers::LayerNorm::new(t[1].clone(), t[2].clone()).forward(&t[0])
         });
         same(&[(x * 4.).unwrap()], &|t| layers::softmax(&t[0]));
+        let keys = [numbers(0.9, &[2, 7, 6]), numbers(1.7, &[2, 7, 6])];
+        let [k, v] = keys;
+        same(&[(numbers(1.3, &[2, 5, 6]) * 3.).unwrap(), k, v], &|t| {
+            attention::attend(&t[0], &t[1], &t[2], 3, &mut Dropout::none())
+        });
     }
 
     /// The transposed input of a residual, and a weight that is a part of another.

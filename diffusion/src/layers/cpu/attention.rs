@@ -4,20 +4,44 @@ use rayon::prelude::*;
 use super::product::{Before, Matrix, Shared, product, product_into, written};
 use super::softmax::{softmax_row, softmax_row_vjp};
 use super::{Values, tensor};
-use crate::Result;
+use crate::{Error, Result};
 
 /// Scores that a task holds at a time: what stays in a core's second-level cache beside keys and values.
 const BLOCK: usize = 1 << 16;
 /// Query rows that a task takes, where there are as many: fewer, and the keys are read more often than it pays.
 const LEAST_ROWS: usize = 16;
 
-/// `softmax(q k^T / sqrt(width)) v` of each head, for `[B, queries, heads * width]` and twice `[B, keys, heads * width]`: a block
-/// of query rows at a time, so that no score leaves the cache. Heads are read and written where they lie, between those of the
-/// others. `None` where the tensors are not contiguous f32 in main memory.
+/// [`attend_heads`] of tensors. `None` where they are not contiguous f32 in main memory, and where their shapes do not fit each
+/// other or hold nothing: the formulas say what is wrong.
 pub(in crate::layers) fn attend((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Result<Option<Tensor>> {
-    let Some(sizes) = Sizes::of((q, k, v), heads) else { return Ok(None) };
+    let Some(sizes) = AttentionSizes::of((q, k, v), heads) else { return Ok(None) };
     let (Some(qs), Some(ks), Some(vs)) = (Values::of(q), Values::of(k), Values::of(v)) else { return Ok(None) };
-    let inputs = Inputs { q: &qs, k: &ks, v: &vs, sizes };
+    tensor(attend_heads((&qs, &ks, &vs), sizes), q.shape()).map(Some)
+}
+
+/// Cotangents of q and, where they are asked for, of k and v.
+pub type Cotangents<T> = (T, Option<(T, T)>);
+
+/// [`attend_heads_vjp`] of tensors, under the same conditions.
+pub(in crate::layers) fn attend_vjp(
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    dy: &Tensor,
+    heads: usize,
+    with_keys: bool,
+) -> Result<Option<Cotangents<Tensor>>> {
+    let sizes = AttentionSizes::of((q, k, v), heads).filter(|_| dy.dims() == q.dims());
+    let (Some(sizes), Some(dys)) = (sizes, Values::of(dy)) else { return Ok(None) };
+    let (Some(qs), Some(ks), Some(vs)) = (Values::of(q), Values::of(k), Values::of(v)) else { return Ok(None) };
+    let (dq, dkv) = attend_heads_vjp((&qs, &ks, &vs), &dys, sizes, with_keys);
+    let dkv = dkv.map(|(dk, dv)| Ok::<_, Error>((tensor(dk, k.shape())?, tensor(dv, v.shape())?))).transpose()?;
+    Ok(Some((tensor(dq, q.shape())?, dkv)))
+}
+
+/// `softmax(q k^T / sqrt(width)) v` of each head, for `[batch, queries, heads * width]` and twice `[batch, keys, heads * width]`:
+/// a block of query rows at a time, so that no score leaves the cache. Heads are read and written where they lie, between those
+/// of the others. Panics where the lengths do not fit the sizes.
+pub fn attend_heads((q, k, v): (&[f32], &[f32], &[f32]), sizes: AttentionSizes) -> Vec<f32> {
+    let inputs = Inputs::new((q, k, v), sizes);
     let attend = |y: &Shared| {
         sizes.blocks().for_each_init(Vec::new, |p, block| {
             inputs.weights(block, p);
@@ -27,62 +51,61 @@ pub(in crate::layers) fn attend((q, k, v): (&Tensor, &Tensor, &Tensor), heads: u
         })
     };
     // SAFETY: the blocks of all heads are the whole of it.
-    let y = unsafe { written(qs.len(), attend) };
-    tensor(y, q.shape()).map(Some)
+    unsafe { written(q.len(), attend) }
 }
 
-/// Cotangents of q and, where they are asked for, of k and v.
-pub(in crate::layers) type Cotangents = (Tensor, Option<(Tensor, Tensor)>);
-
-/// The cotangents of [`attend`]'s inputs from its result's. Scores are computed again.
+/// The cotangents of [`attend_heads`]' inputs from its result's: of q and, where they are asked for, of k and v. Scores are
+/// computed again.
 ///
 /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
-pub(in crate::layers) fn attend_vjp(
-    (q, k, v): (&Tensor, &Tensor, &Tensor),
-    dy: &Tensor,
-    heads: usize,
+pub fn attend_heads_vjp(
+    (q, k, v): (&[f32], &[f32], &[f32]),
+    dy: &[f32],
+    sizes: AttentionSizes,
     with_keys: bool,
-) -> Result<Option<Cotangents>> {
-    let Some(sizes) = Sizes::of((q, k, v), heads).filter(|_| dy.dims() == q.dims()) else { return Ok(None) };
-    let (Some(qs), Some(ks), Some(vs)) = (Values::of(q), Values::of(k), Values::of(v)) else { return Ok(None) };
-    let Some(dys) = Values::of(dy) else { return Ok(None) };
-    let (inputs, dys) = (Inputs { q: &qs, k: &ks, v: &vs, sizes }, &*dys);
-    let mut dq = vec![0f32; qs.len()];
-    let into_dq = Shared::of(&mut dq);
-    let vjp_queries = |block: Block, Scratch { p, ds }: &mut Scratch| {
+) -> Cotangents<Vec<f32>> {
+    let inputs = Inputs::new((q, k, v), sizes);
+    assert_eq!(dy.len(), q.len(), "cotangents of attention");
+    let vjp_queries = |into: &Shared, block: Block, Scratch { p, ds }: &mut Scratch| {
         inputs.weights(block, p);
         ds.resize(p.len(), 0.);
-        product(ds, Before::Replaced, 1., inputs.queries(dys, block), inputs.keys(inputs.v, block).t());
+        product(ds, Before::Replaced, 1., inputs.queries(dy, block), inputs.keys(inputs.v, block).t());
         ds.chunks_mut(sizes.keys).zip(p.chunks(sizes.keys)).for_each(|(ds, p)| softmax_row_vjp(p, ds));
         let (ds, keys) = (Matrix::new(ds, sizes.keys), inputs.keys(inputs.k, block));
         // SAFETY: dq has q's shape; a block's rows and a head's columns are no other task's.
         unsafe {
-            let dq = into_dq.at(sizes.at(block));
+            let dq = into.at(sizes.at(block));
             product_into(dq, sizes.channels(), Before::Replaced, sizes.scale(), ds, keys);
         }
     };
     if !with_keys {
-        sizes.blocks().for_each_init(Scratch::default, |scratch, block| vjp_queries(block, scratch));
-        return Ok(Some((tensor(dq, q.shape())?, None)));
+        let each = |dq: &Shared| {
+            sizes.blocks().for_each_init(Scratch::default, |scratch, block| vjp_queries(dq, block, scratch));
+        };
+        // SAFETY: the blocks of all heads are the whole of it.
+        return (unsafe { written(q.len(), each) }, None);
     }
-    let (mut dk, mut dv) = (vec![0f32; ks.len()], vec![0f32; vs.len()]);
+    let (mut dk, mut dv) = (vec![0f32; k.len()], vec![0f32; v.len()]);
     let (into_dk, into_dv) = (Shared::of(&mut dk), Shared::of(&mut dv));
     // Every query adds to the cotangents of all keys: a head is one task.
-    sizes.heads().for_each_init(Scratch::default, |scratch, head| {
-        for block in sizes.blocks_of(head) {
-            vjp_queries(block, scratch);
-            let at = sizes.at_keys(block);
-            let (p, ds) = (Matrix::new(&scratch.p, sizes.keys), Matrix::new(&scratch.ds, sizes.keys));
-            let (queries, dys) = (inputs.queries(inputs.q, block), inputs.queries(dys, block));
-            // SAFETY: dk and dv have the keys' shape; a head's columns of an item are no other task's.
-            unsafe {
-                let added = Before::AddedTo;
-                product_into(into_dk.at(at), sizes.channels(), added, sizes.scale(), ds.t(), queries);
-                product_into(into_dv.at(at), sizes.channels(), added, 1., p.t(), dys);
+    let each = |dq: &Shared| {
+        sizes.all_heads().for_each_init(Scratch::default, |scratch, head| {
+            for block in sizes.blocks_of(head) {
+                vjp_queries(dq, block, scratch);
+                let at = sizes.at_keys(block);
+                let (p, ds) = (Matrix::new(&scratch.p, sizes.keys), Matrix::new(&scratch.ds, sizes.keys));
+                let (queries, dys) = (inputs.queries(inputs.q, block), inputs.queries(dy, block));
+                // SAFETY: dk and dv have the keys' shape; a head's columns of an item are no other task's.
+                unsafe {
+                    let added = Before::AddedTo;
+                    product_into(into_dk.at(at), sizes.channels(), added, sizes.scale(), ds.t(), queries);
+                    product_into(into_dv.at(at), sizes.channels(), added, 1., p.t(), dys);
+                }
             }
-        }
-    });
-    Ok(Some((tensor(dq, q.shape())?, Some((tensor(dk, k.shape())?, tensor(dv, v.shape())?)))))
+        });
+    };
+    // SAFETY: the blocks of all heads are the whole of it.
+    (unsafe { written(q.len(), each) }, Some((dk, dv)))
 }
 
 /// Attention weights and the cotangents of scores, of a block of rows.
@@ -101,17 +124,19 @@ struct Block {
     rows: usize,
 }
 
-#[derive(Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    heads: usize,
-    queries: usize,
-    keys: usize,
-    width: usize,
+/// Sizes of an attention, none of them 0.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct AttentionSizes {
+    pub batch: usize,
+    pub heads: usize,
+    pub queries: usize,
+    pub keys: usize,
+    /// Of a head.
+    pub width: usize,
 }
 
-impl Sizes {
-    /// `None` where the shapes do not fit each other or hold nothing: the formulas say what is wrong.
+impl AttentionSizes {
     fn of((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Option<Self> {
         let ((batch, queries, channels), (of_keys, keys, key_channels)) = (q.dims3().ok()?, k.dims3().ok()?);
         let fits = batch == of_keys && channels == key_channels && v.dims() == k.dims();
@@ -142,7 +167,7 @@ impl Sizes {
     }
 
     /// Every head of every item.
-    fn heads(self) -> impl IndexedParallelIterator<Item = (usize, usize)> {
+    fn all_heads(self) -> impl IndexedParallelIterator<Item = (usize, usize)> {
         (0..self.batch * self.heads).into_par_iter().map(move |task| (task / self.heads, task % self.heads))
     }
 
@@ -168,10 +193,18 @@ struct Inputs<'a> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
-    sizes: Sizes,
+    sizes: AttentionSizes,
 }
 
-impl Inputs<'_> {
+impl<'i> Inputs<'i> {
+    fn new((q, k, v): (&'i [f32], &'i [f32], &'i [f32]), sizes: AttentionSizes) -> Self {
+        let AttentionSizes { batch, queries, keys, .. } = sizes;
+        let values = |tokens: usize| batch * tokens * sizes.channels();
+        assert_eq!([q.len(), k.len(), v.len()], [values(queries), values(keys), values(keys)], "{sizes:?}");
+        assert!(values(queries) * keys > 0, "{sizes:?}");
+        Self { q, k, v, sizes }
+    }
+
     /// A block's rows of something in the queries' shape.
     fn queries<'a>(&self, values: &'a [f32], block: Block) -> Matrix<'a> {
         Matrix::part(&values[self.sizes.at(block)..], block.rows, self.sizes.width, self.sizes.channels())

@@ -16,6 +16,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 
+pub use attention::{AttentionSizes, Cotangents, attend_heads, attend_heads_vjp};
 pub(super) use attention::{attend, attend_vjp};
 pub(super) use conv::conv3x3;
 pub(super) use geglu::{geglu, geglu_vjp};
