@@ -29,14 +29,6 @@ fn with_values<const N: usize, T>(tensors: [&Tensor; N], f: impl FnOnce([&[f32];
     Ok(f(all))
 }
 
-/// Calls `f` with the values of two f32 tensors on the CPU, to fill as many as the first has.
-fn filled(a: &Tensor, b: &Tensor, f: impl FnOnce(&[f32], &[f32], &mut [f32])) -> Result<Tensor> {
-    let (a, b) = (a.contiguous()?, b.contiguous()?);
-    let mut out = vec![0f32; a.elem_count()];
-    with_values([&a, &b], |[a, b]| f(a, b, &mut out))?;
-    Tensor::from_vec(out, a.shape(), a.device())
-}
-
 /// Rows `[rows, in]`, weight `[out, in]` and bias `[out]` to `x W^T + b`.
 pub(super) struct Linear;
 
@@ -95,9 +87,8 @@ impl CustomOp3 for LayerNorm {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let x = values(x, x_layout)?;
-        let mut y = vec![0f32; x.len()];
-        kernels::layer_norm_rows(x, values(weight, weight_layout)?, values(bias, bias_layout)?, self.eps, &mut y);
+        let (x, weight, bias) = (values(x, x_layout)?, values(weight, weight_layout)?, values(bias, bias_layout)?);
+        let y = kernels::layer_norm_rows(x, weight, bias, self.eps);
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
@@ -109,18 +100,16 @@ impl CustomOp3 for LayerNorm {
         _: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let scale: Vec<f32> = weight.to_vec1()?;
-        let (mut dw, mut db) = (None, None);
+        let dy = dy.contiguous()?;
         let trained = weight.track_op() || bias.track_op();
-        let dx = filled(x, dy, |x, dy, dx| {
-            kernels::layer_norm_rows_vjp(x, dy, &scale, self.eps, dx);
-            if trained {
-                let (weight, bias) = kernels::layer_norm_rows_parameters_vjp(x, dy, scale.len(), self.eps);
-                (dw, db) = (Some(weight), Some(bias));
-            }
+        let (dx, of_parameters) = with_values([x, weight, &dy], |[x, weight, dy]| {
+            let of_parameters = || kernels::layer_norm_rows_parameters_vjp(x, dy, weight.len(), self.eps);
+            (kernels::layer_norm_rows_vjp(x, dy, weight, self.eps), trained.then(of_parameters))
         })?;
-        let row = |values: Option<Vec<f32>>| values.map(|v| Tensor::from_vec(v, scale.len(), x.device())).transpose();
-        Ok((Some(dx), row(dw)?, row(db)?))
+        let (dw, db) = of_parameters.unzip();
+        let like = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
+        let row = |values: Option<Vec<f32>>| values.map(|values| like(values, weight)).transpose();
+        Ok((Some(like(dx, x)?), row(dw)?, row(db)?))
     }
 }
 
@@ -181,16 +170,14 @@ impl CustomOp1 for Softmax {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = values(x, layout)?;
-        let mut y = vec![0f32; x.len()];
         let n = *layout.shape().dims().last().unwrap_or(&1);
-        kernels::softmax_rows(x, n, &mut y);
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
+        Ok((CpuStorage::F32(kernels::softmax_rows(values(x, layout)?, n)), layout.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let n = y.dim(D::Minus1)?;
-        filled(y, dy, |y, dy, dx| kernels::softmax_rows_vjp(y, dy, n, dx)).map(Some)
+        let (n, dy) = (y.dim(D::Minus1)?, dy.contiguous()?);
+        let dx = with_values([y, &dy], |[y, dy]| kernels::softmax_rows_vjp(y, dy, n))?;
+        Tensor::from_vec(dx, y.shape(), y.device()).map(Some)
     }
 }
 

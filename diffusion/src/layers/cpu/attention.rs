@@ -1,7 +1,8 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::product::{Before, Matrix, Shared, product, product_into, written};
+use super::memory::{Shared, written};
+use super::product::{Before, Matrix, product, product_into};
 use super::softmax::{softmax_row, softmax_row_vjp};
 use super::{Values, tensor};
 use crate::{Error, Result};

@@ -3,7 +3,8 @@ use std::mem::MaybeUninit;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::product::{Before, Matrix, Shared, product_into, written};
+use super::memory::{Shared, written};
+use super::product::{Before, Matrix, product_into};
 use super::{Values, tensor};
 use crate::Result;
 

@@ -1,9 +1,9 @@
 use candle_core::{D, Tensor};
 use multiversion::multiversion;
-use rayon::prelude::*;
 
 use super::exp::normal;
-use super::{LEAST, Values, tensor};
+use super::memory::by_pieces;
+use super::{Values, rows_at_once, tensor};
 use crate::Result;
 
 /// `value * gelu(gate)` of rows `[value | gate]`.
@@ -12,10 +12,9 @@ pub(in crate::layers) fn geglu(x: &Tensor) -> Result<Option<Tensor>> {
     let mut shape = x.dims().to_vec();
     let half = x.dim(D::Minus1)? / 2;
     *shape.last_mut().expect("at least one dimension") = half;
-    let mut y = vec![0f32; xs.len() / 2];
-    let rows = y.par_chunks_mut(half).zip(xs.par_chunks(2 * half));
-    rows.with_min_len(LEAST.div_ceil(half)).for_each(|(y, x)| geglu_row(x, y));
-    tensor(y, shape).map(Some)
+    let xs = &*xs;
+    let row = |row: usize, y: &mut [f32]| geglu_row(&xs[2 * half * row..][..2 * half], y);
+    tensor(by_pieces(xs.len() / 2, half, rows_at_once(half), row), shape).map(Some)
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
@@ -30,10 +29,11 @@ fn geglu_row(x: &[f32], y: &mut [f32]) {
 pub(in crate::layers) fn geglu_vjp(x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
     let (Some(xs), Some(dys)) = (Values::of(x), Values::of(dy)) else { return Ok(None) };
     let half = x.dim(D::Minus1)? / 2;
-    let mut dx = vec![0f32; xs.len()];
-    let rows = dx.par_chunks_mut(2 * half).zip(xs.par_chunks(2 * half)).zip(dys.par_chunks(half));
-    rows.with_min_len(LEAST.div_ceil(half)).for_each(|((dx, x), dy)| geglu_row_vjp(x, dy, dx));
-    tensor(dx, x.shape()).map(Some)
+    let (xs, dys) = (&*xs, &*dys);
+    let row = |row: usize, dx: &mut [f32]| {
+        geglu_row_vjp(&xs[2 * half * row..][..2 * half], &dys[half * row..][..half], dx);
+    };
+    tensor(by_pieces(xs.len(), 2 * half, rows_at_once(half), row), x.shape()).map(Some)
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]

@@ -1,6 +1,6 @@
 use candle_core::Tensor;
-use rayon::prelude::*;
 
+use super::memory::{by_pieces, copied, repeated};
 use super::product::{Matrix, parallel_product};
 use super::{Values, rows_at_once, tensor};
 use crate::Result;
@@ -25,13 +25,15 @@ pub(in crate::layers) fn linear(
     let before = match (&bias, &added) {
         (Some(None), _) | (_, Some(None)) => return Ok(None),
         (None, None) => None,
-        (Some(Some(bias)), None) => Some(bias.repeat(xs.len() / inputs)),
-        (None, Some(Some(added))) => Some(added.to_vec()),
+        (Some(Some(bias)), None) => Some(repeated(bias, xs.len() / inputs)),
+        (None, Some(Some(added))) => Some(copied(added)),
         (Some(Some(bias)), Some(Some(added))) => {
-            let (mut y, bias) = (added.to_vec(), &**bias);
-            let rows = y.par_chunks_mut(outputs).with_min_len(rows_at_once(outputs));
-            rows.for_each(|row| row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias));
-            Some(y)
+            let (added, bias) = (&**added, &**bias);
+            let row = |row: usize, y: &mut [f32]| {
+                let sums = added[row * outputs..].iter().zip(bias).map(|(added, bias)| added + bias);
+                y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum);
+            };
+            Some(by_pieces(added.len(), outputs, rows_at_once(outputs), row))
         }
     };
     let y = parallel_product(before, Matrix::new(&xs, inputs), Matrix::new(&weight, inputs).t());
@@ -48,7 +50,7 @@ pub(in crate::layers) fn linear_vjp(dy: &Tensor, weight: &Tensor, added: Option<
         _ => return Ok(None),
     }
     let before = match added.filter(|added| added.dims() == shape).map(Values::of) {
-        Some(Some(before)) => Some(before.to_vec()),
+        Some(Some(before)) => Some(copied(&before)),
         None if added.is_none() => None,
         _ => return Ok(None),
     };
@@ -60,5 +62,5 @@ pub(in crate::layers) fn linear_vjp(dy: &Tensor, weight: &Tensor, added: Option<
 pub fn linear_rows(x: &[f32], weight: &[f32], bias: &[f32], inputs: usize) -> Vec<f32> {
     let (rows, outputs) = (x.len() / inputs, bias.len());
     assert!(x.len() == rows * inputs && weight.len() == outputs * inputs, "{} and {}", x.len(), weight.len());
-    parallel_product(Some(bias.repeat(rows)), Matrix::new(x, inputs), Matrix::new(weight, inputs).t())
+    parallel_product(Some(repeated(bias, rows)), Matrix::new(x, inputs), Matrix::new(weight, inputs).t())
 }

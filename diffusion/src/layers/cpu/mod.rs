@@ -7,6 +7,7 @@ mod conv;
 mod exp;
 mod geglu;
 mod linear;
+mod memory;
 mod norm;
 mod product;
 mod softmax;
@@ -66,7 +67,7 @@ const LEAST: usize = 1 << 14;
 
 /// Rows of `n` values each that are worth a thread.
 fn rows_at_once(n: usize) -> usize {
-    LEAST.div_ceil(n).max(1)
+    LEAST.div_ceil(n.max(1))
 }
 
 /// Every kernel against the formula of tensor operations, which f64 goes by.

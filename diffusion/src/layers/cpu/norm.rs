@@ -3,6 +3,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::exp::sigmoid;
+use super::memory::by_pieces;
 use super::{Values, rows_at_once, tensor};
 use crate::Result;
 
@@ -46,9 +47,9 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
     };
     let (of_group, plane) = (channels / groups, h * w);
     let n = of_group * plane;
-    let mut y = vec![0f32; xs.len()];
-    let (weight, bias) = (&*weight, &*bias);
-    y.par_chunks_mut(n).zip(xs.par_chunks(n)).enumerate().with_min_len(rows_at_once(n)).for_each(|(row, (y, x))| {
+    let (xs, weight, bias) = (&*xs, &*weight, &*bias);
+    let group = |row: usize, y: &mut [f32]| {
+        let x = &xs[row * n..][..n];
         let (mean, inverse) = statistics(x, affine.eps);
         let first = row % groups * of_group;
         for (channel, (y, x)) in (first..).zip(y.chunks_mut(plane).zip(x.chunks(plane))) {
@@ -60,8 +61,8 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = x * scale + shift);
             }
         }
-    });
-    tensor(y, x.shape()).map(Some)
+    };
+    tensor(by_pieces(xs.len(), n, rows_at_once(n), group), x.shape()).map(Some)
 }
 
 /// The gradient for `x` of [`group_norm`] at a cotangent `dy`.
@@ -77,10 +78,9 @@ pub(in crate::layers) fn group_norm_vjp(
     let (Some(xs), Some(dys), Some(weight), Some(bias)) = values else { return Ok(None) };
     let (of_group, plane) = (channels / groups, h * w);
     let n = of_group * plane;
-    let mut dx = vec![0f32; xs.len()];
-    let (weight, bias) = (&*weight, &*bias);
-    let rows = dx.par_chunks_mut(n).zip(xs.par_chunks(n)).zip(dys.par_chunks(n)).enumerate();
-    rows.with_min_len(rows_at_once(n)).for_each(|(row, ((dx, x), dy))| {
+    let (xs, dys, weight, bias) = (&*xs, &*dys, &*weight, &*bias);
+    let group = |row: usize, dx: &mut [f32]| {
+        let (x, dy) = (&xs[row * n..][..n], &dys[row * n..][..n]);
         let (mean, inverse) = statistics(x, affine.eps);
         let first = row % groups * of_group;
         let planes = dx.chunks_mut(plane).zip(x.chunks(plane)).zip(dy.chunks(plane));
@@ -95,8 +95,8 @@ pub(in crate::layers) fn group_norm_vjp(
             dx.iter_mut().for_each(|d| *d *= weight);
         }
         normalize_vjp(dx, x, mean, inverse);
-    });
-    tensor(dx, x.shape()).map(Some)
+    };
+    tensor(by_pieces(xs.len(), n, rows_at_once(n), group), x.shape()).map(Some)
 }
 
 /// `silu(scale x + shift)`.
@@ -124,9 +124,7 @@ pub(in crate::layers) fn layer_norm(x: &Tensor, affine: Affine) -> Result<Option
     else {
         return Ok(None);
     };
-    let mut y = vec![0f32; xs.len()];
-    layer_norm_rows(&xs, &weight, &bias, affine.eps, &mut y);
-    tensor(y, x.shape()).map(Some)
+    tensor(layer_norm_rows(&xs, &weight, &bias, affine.eps), x.shape()).map(Some)
 }
 
 /// The gradient for `x` of [`layer_norm`] at a cotangent `dy`.
@@ -134,17 +132,14 @@ pub(in crate::layers) fn layer_norm_vjp(x: &Tensor, dy: &Tensor, affine: Affine)
     let (Some(xs), Some(dys), Some(weight)) = (Values::of(x), Values::of(dy), Values::of(affine.weight)) else {
         return Ok(None);
     };
-    let mut dx = vec![0f32; xs.len()];
-    layer_norm_rows_vjp(&xs, &dys, &weight, affine.eps, &mut dx);
-    tensor(dx, x.shape()).map(Some)
+    tensor(layer_norm_rows_vjp(&xs, &dys, &weight, affine.eps), x.shape()).map(Some)
 }
 
 /// Layer norm of rows as long as `weight` and `bias`.
-pub fn layer_norm_rows(x: &[f32], weight: &[f32], bias: &[f32], eps: f64, y: &mut [f32]) {
+pub fn layer_norm_rows(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Vec<f32> {
     let n = weight.len();
-    y.par_chunks_mut(n).zip(x.par_chunks(n)).with_min_len(rows_at_once(n)).for_each(|(y, x)| {
-        layer_norm_row(x, weight, bias, eps, y);
-    });
+    let row = |row: usize, y: &mut [f32]| layer_norm_row(&x[row * n..][..n], weight, bias, eps, y);
+    by_pieces(x.len(), n, rows_at_once(n), row)
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
@@ -156,14 +151,15 @@ fn layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f64, y: &mut [f3
 }
 
 /// The gradient for `x` of [`layer_norm_rows`] at a cotangent `dy`.
-pub fn layer_norm_rows_vjp(x: &[f32], dy: &[f32], weight: &[f32], eps: f64, dx: &mut [f32]) {
+pub fn layer_norm_rows_vjp(x: &[f32], dy: &[f32], weight: &[f32], eps: f64) -> Vec<f32> {
     let n = weight.len();
-    let rows = dx.par_chunks_mut(n).zip(x.par_chunks(n)).zip(dy.par_chunks(n));
-    rows.with_min_len(rows_at_once(n)).for_each(|((dx, x), dy)| {
+    let row = |row: usize, dx: &mut [f32]| {
+        let (x, dy) = (&x[row * n..][..n], &dy[row * n..][..n]);
         let (mean, inverse) = statistics(x, eps);
         dx.iter_mut().zip(dy).zip(weight).for_each(|((d, dy), weight)| *d = dy * weight);
         normalize_vjp(dx, x, mean, inverse);
-    });
+    };
+    by_pieces(x.len(), n, rows_at_once(n), row)
 }
 
 /// The gradients for weight and bias of [`layer_norm_rows`] of rows of `n` values.

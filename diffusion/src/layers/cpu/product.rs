@@ -1,5 +1,7 @@
 use gemm::{Parallelism, gemm};
 
+use super::memory::written;
+
 /// A matrix in memory: part of one that is row-major, or the transpose of such a part.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
@@ -112,32 +114,4 @@ unsafe fn multiply(
             parallelism,
         );
     }
-}
-
-/// A pointer that tasks share to write disjoint parts.
-pub(super) struct Shared(*mut f32);
-
-impl Shared {
-    pub(super) fn of(values: &mut [f32]) -> Self {
-        Self(values.as_mut_ptr())
-    }
-
-    pub(super) fn at(&self, offset: usize) -> *mut f32 {
-        self.0.wrapping_add(offset)
-    }
-}
-
-// SAFETY: whoever writes through it sees to it that parts are disjoint.
-unsafe impl Sync for Shared {}
-
-/// `count` values as `write` leaves them: memory is not filled before.
-///
-/// # Safety
-/// `write` writes every value and reads none that it has not written.
-pub(super) unsafe fn written(count: usize, write: impl FnOnce(&Shared)) -> Vec<f32> {
-    let mut values = Vec::with_capacity(count);
-    write(&Shared(values.as_mut_ptr()));
-    // SAFETY: there is room for as many, and all are written.
-    unsafe { values.set_len(count) };
-    values
 }

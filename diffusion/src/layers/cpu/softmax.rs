@@ -1,33 +1,29 @@
 use candle_core::{D, Tensor};
 use multiversion::multiversion;
-use rayon::prelude::*;
 
 use super::exp::exp;
+use super::memory::by_pieces;
 use super::{Values, rows_at_once, tensor};
 use crate::Result;
 
 /// Over the last dimension.
 pub(in crate::layers) fn softmax(x: &Tensor) -> Result<Option<Tensor>> {
     let Some(xs) = Values::of(x) else { return Ok(None) };
-    let mut y = vec![0f32; xs.len()];
-    softmax_rows(&xs, x.dim(D::Minus1)?, &mut y);
-    tensor(y, x.shape()).map(Some)
+    tensor(softmax_rows(&xs, x.dim(D::Minus1)?), x.shape()).map(Some)
 }
 
 /// The gradient for [`softmax`]'s input from its result and that one's cotangent.
 pub(in crate::layers) fn softmax_vjp(p: &Tensor, dp: &Tensor) -> Result<Option<Tensor>> {
     let (Some(ps), Some(dps)) = (Values::of(p), Values::of(dp)) else { return Ok(None) };
-    let mut dx = vec![0f32; ps.len()];
-    softmax_rows_vjp(&ps, &dps, p.dim(D::Minus1)?, &mut dx);
-    tensor(dx, p.shape()).map(Some)
+    tensor(softmax_rows_vjp(&ps, &dps, p.dim(D::Minus1)?), p.shape()).map(Some)
 }
 
 /// `softmax` of each row of `n` values.
-pub fn softmax_rows(x: &[f32], n: usize, y: &mut [f32]) {
-    y.par_chunks_mut(n).zip(x.par_chunks(n)).with_min_len(rows_at_once(n)).for_each(|(y, x)| {
-        y.copy_from_slice(x);
+pub fn softmax_rows(x: &[f32], n: usize) -> Vec<f32> {
+    by_pieces(x.len(), n, rows_at_once(n), |row, y| {
+        y.copy_from_slice(&x[row * n..][..n]);
         softmax_row(y);
-    });
+    })
 }
 
 /// In place.
@@ -40,12 +36,11 @@ pub(super) fn softmax_row(row: &mut [f32]) {
 }
 
 /// The gradient for `x` from the result `p` and its cotangent: `p (dp - sum(p dp))`, by rows of `n` values.
-pub fn softmax_rows_vjp(p: &[f32], dp: &[f32], n: usize, dx: &mut [f32]) {
-    let rows = dx.par_chunks_mut(n).zip(p.par_chunks(n)).zip(dp.par_chunks(n));
-    rows.with_min_len(rows_at_once(n)).for_each(|((dx, p), dp)| {
-        dx.copy_from_slice(dp);
-        softmax_row_vjp(p, dx);
-    });
+pub fn softmax_rows_vjp(p: &[f32], dp: &[f32], n: usize) -> Vec<f32> {
+    by_pieces(p.len(), n, rows_at_once(n), |row, dx| {
+        dx.copy_from_slice(&dp[row * n..][..n]);
+        softmax_row_vjp(&p[row * n..][..n], dx);
+    })
 }
 
 /// From the cotangent to the gradient in place.

@@ -1,6 +1,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::memory::{Shared, written};
 use super::{LEAST, Values, tensor};
 use crate::Result;
 
@@ -9,21 +10,25 @@ pub(in crate::layers) fn transpose_last(x: &Tensor) -> Result<Option<Tensor>> {
     const SQUARE: usize = 32;
     let (batch, rows, columns) = x.dims3()?;
     let Some(xs) = Values::of(x) else { return Ok(None) };
-    let mut y = vec![0f32; xs.len()];
     let plane = rows * columns;
-    y.par_chunks_mut(plane).zip(xs.par_chunks(plane)).for_each(|(y, x)| {
-        // A task writes up to SQUARE whole rows of the result.
-        let tasks = y.par_chunks_mut(SQUARE * rows).enumerate().with_min_len((LEAST / (SQUARE * rows)).max(1));
-        tasks.for_each(|(index, y)| {
+    // A task writes up to SQUARE whole rows of one item's result.
+    let squares = columns.div_ceil(SQUARE);
+    let xs = &*xs;
+    let write = |y: &Shared| {
+        let tasks = (0..batch * squares).into_par_iter().with_min_len((LEAST / (SQUARE * rows)).max(1));
+        tasks.for_each(|task| {
+            let (item, first) = (task / squares, task % squares * SQUARE);
+            let (x, y) = (&xs[item * plane..][..plane], y.at(item * plane));
             for start in (0..rows).step_by(SQUARE) {
-                let end = (start + SQUARE).min(rows);
-                for (column, y) in (index * SQUARE..).zip(y.chunks_mut(rows)) {
-                    for row in start..end {
-                        y[row] = x[row * columns + column];
+                for column in first..(first + SQUARE).min(columns) {
+                    for row in start..(start + SQUARE).min(rows) {
+                        // SAFETY: within the item's plane, and no other task's column.
+                        unsafe { y.add(column * rows + row).write(x[row * columns + column]) };
                     }
                 }
             }
         });
-    });
-    tensor(y, (batch, columns, rows)).map(Some)
+    };
+    // SAFETY: every row of every column is written.
+    tensor(unsafe { written(xs.len(), write) }, (batch, columns, rows)).map(Some)
 }
