@@ -12,7 +12,7 @@ use weights::train::{Decay, LoraLayers, Model, untrained_lora};
 use weights::world::Random;
 use weights::{Error, Result};
 
-use crate::training::{StageDefaults, Training, not_negative};
+use crate::training::{StageDefaults, Training, is_small, not_negative};
 
 #[derive(Args)]
 pub(crate) struct Tune {
@@ -27,9 +27,10 @@ pub(crate) struct Tune {
     /// Which attention gets them [default: cross; that of the file where it holds LoRA]
     #[arg(long, value_enum)]
     layers: Option<LoraLayers>,
-    /// Weight of the denoising loss
-    #[arg(long, default_value_t = 1., value_parser = not_negative)]
-    denoising: f64,
+    /// Weight of the denoising loss [default: 1; 200 for smaller models, whose errors in predicting noise are so much smaller
+    /// that the factors would not feel them beside the other losses]
+    #[arg(long, value_parser = not_negative)]
+    denoising: Option<f64>,
     /// Name of the U-Net block that the adapter reads, where its file does not say
     #[arg(long)]
     tap: Option<String>,
@@ -37,10 +38,10 @@ pub(crate) struct Tune {
 
 impl Tune {
     const DEFAULTS: StageDefaults = StageDefaults {
-        steps: [5_000, 600],
+        steps: [5_000, 1_000],
         batch: [8, 16],
         accumulate: [8, 1],
-        lr: [1e-4, 2e-4],
+        lr: [1e-4, 5e-4],
         warmup: [0, 0],
         decay: [Decay::Cosine, Decay::Cosine],
         dropout: [0.1, 0.],
@@ -51,6 +52,7 @@ impl Tune {
             return Err(Error::Request("--rank starts at 1".into()));
         }
         let prepared = self.training.prepare()?;
+        let denoising = self.denoising.unwrap_or(if is_small(&prepared.pipeline) { 200. } else { 1. });
         let device = prepared.device.clone();
         let file = Checkpoint::open(&self.adapter, DType::F32, &device)?;
         let before = LoraFile::read(&file)?;
@@ -79,7 +81,7 @@ impl Tune {
                 return Err(Error::file(&self.adapter, message));
             }
         };
-        self.training.train("tune", Self::DEFAULTS, self.denoising, prepared, |unet, scheduler| {
+        self.training.train("tune", Self::DEFAULTS, denoising, prepared, |unet, scheduler| {
             let rank = lora.first().map_or(Ok(0), |entry| entry.down.dim(0))?;
             let modules = lora.len();
             let settings = json!({"tap": sizes.tap, "adapter": self.adapter, "rank": rank, "lora_modules": modules});

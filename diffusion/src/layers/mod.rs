@@ -21,6 +21,7 @@ mod tokens;
 pub(crate) use activation::{geglu, geglu_vjp, silu};
 pub(crate) use attention::Attended;
 pub(crate) use conv::Conv2d;
+pub(crate) use cpu::lora_vjp;
 pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;
 pub(crate) mod kernels {

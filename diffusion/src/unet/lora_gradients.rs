@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::Tensor;
 
+use crate::layers::lora_vjp;
 use crate::lora::LoraEntry;
 use crate::{Error, Result};
 
@@ -50,9 +51,12 @@ impl<'a> LoraGradients<'a> {
         let (x, dy) = (rows(x)?, rows(dy)?);
         let like = |factor: &Tensor| factor.detach().to_device(x.device())?.to_dtype(x.dtype());
         let (down, up) = (like(&entry.down)?, like(&entry.up)?);
-        let up_gradient = (dy.t()?.matmul(&x.matmul(&down.t()?)?)? * entry.scale)?;
-        let down_gradient = (dy.matmul(&up)?.t()?.matmul(&x)? * entry.scale)?;
-        let (down, up) = (down_gradient.to_dtype(entry.down.dtype())?, up_gradient.to_dtype(entry.up.dtype())?);
+        let (down_gradient, up_gradient) = match lora_vjp(&x, &dy, &down.contiguous()?, &up.contiguous()?)? {
+            Some(gradients) => gradients,
+            None => (dy.matmul(&up)?.t()?.matmul(&x)?, dy.t()?.matmul(&x.matmul(&down.t()?)?)?),
+        };
+        let scaled = |t: Tensor, like: &Tensor| (t * entry.scale)?.to_dtype(like.dtype());
+        let (down, up) = (scaled(down_gradient, &entry.down)?, scaled(up_gradient, &entry.up)?);
         let sum = match self.found.remove(module) {
             None => LoraGradient { down, up },
             Some(before) => LoraGradient { down: (before.down + down)?, up: (before.up + up)? },

@@ -7,6 +7,7 @@ mod conv;
 mod exp;
 mod geglu;
 mod linear;
+mod lora;
 mod memory;
 mod norm;
 mod product;
@@ -23,6 +24,7 @@ pub(super) use conv::conv3x3;
 pub(super) use geglu::{geglu, geglu_vjp};
 pub use linear::linear_rows;
 pub(super) use linear::{linear, linear_vjp};
+pub(crate) use lora::lora_vjp;
 pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
 pub use norm::{layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp};
 pub(super) use softmax::{softmax, softmax_vjp};
@@ -173,6 +175,22 @@ mod tests {
             );
             let strided = values(1, (2, inputs, tokens)).t().unwrap();
             same("strided", load(&narrow).forward(&single(&strided)), load(&wide).forward(&strided));
+        }
+    }
+
+    /// Fewer rows than a task takes, and several tasks.
+    #[test]
+    fn low_rank_factors() {
+        for (rows, inputs, outputs, rank) in [(1, 3, 2, 1), (40, 5, 7, 4), (600, 16, 8, 4)] {
+            let [x, dy] = [inputs, outputs].map(|width| values(width as u64, (rows, width)));
+            let (down, up) = (values(2, (rank, inputs)), values(3, (outputs, rank)));
+            let found = lora_vjp(&single(&x), &single(&dy), &single(&down), &single(&up)).unwrap().unwrap();
+            let product = |a: &Tensor, b: &Tensor| a.matmul(b).unwrap();
+            let d_down = product(&product(&dy, &up).t().unwrap(), &x);
+            let d_up = product(&dy.t().unwrap(), &product(&x, &down.t().unwrap()));
+            same("down", Ok(found.0), Ok(d_down));
+            same("up", Ok(found.1), Ok(d_up));
+            assert!(lora_vjp(&x, &dy, &down, &up).unwrap().is_none());
         }
     }
 
