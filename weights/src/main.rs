@@ -73,7 +73,9 @@ fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { host_demo::settle_threads() };
     keep_memory();
-    match run(Cli::parse()) {
+    let cli = Cli::parse();
+    // On a thread of the pool: what it gives the others to do, it need not be woken for when they are done.
+    match rayon::scope(|_| run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
