@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, library, base] = &arguments[..] else { return Err("usage: host LIBRARY MODEL_FOLDER".into()) };
 
-    let config = format!(r#"{{"adapter": "{base}/adapter_stage1.safetensors", "base_model": "{base}", "eta": 4}}"#);
+    let config = format!(r#"{{"adapter": "{base}/dpt.safetensors", "base_model": "{base}", "eta": 4}}"#);
     let library = Library::open(library)?;
     let mut plugin = library.create(library.descriptors()[0].id, Arc::new(MyHost), &config)?;
     let model = Model {

@@ -20,7 +20,7 @@ pub fn default_model() -> Result<PathBuf> {
 
 /// The shipped model's adapter, with the LoRA that was trained with it.
 pub fn default_adapter() -> Result<PathBuf> {
-    Ok(default_model()?.join("adapter_stage1.safetensors"))
+    Ok(default_model()?.join("dpt.safetensors"))
 }
 
 /// The plugin library beside this program (`libdpt.so`, `libdpt.dylib` or `dpt.dll`).

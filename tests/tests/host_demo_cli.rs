@@ -67,7 +67,8 @@ fn a_picture_carries_its_settings_and_a_report_tells_the_rest() {
     }
     assert!(report["plugin_memory_bytes"].as_u64().unwrap() > 1_000_000);
     assert!(!cfg!(target_os = "linux") || report["peak_memory_bytes"].as_u64().unwrap() > 10_000_000);
-    assert_eq!((&report["lora_entries"], &report["images"]), (&json!(0), &json!(["out.png"])));
+    // The shipped adapter brings LoRA for each of the four projections of fourteen attentions.
+    assert_eq!((&report["lora_entries"], &report["images"]), (&json!(56), &json!(["out.png"])));
     assert_eq!(files(&folder), ["out.png", "report.json"]);
 }
 
@@ -96,7 +97,9 @@ fn eta_0_is_no_plugin_and_both_gradients_are_one() {
     let folder = scratch("cli_gradients");
     let without = draw(&folder, "without.png", &["--no-plugin"]);
     assert_eq!(without.settings()["plugin"], Value::Null);
-    assert_eq!(draw(&folder, "zero.png", &["--eta", "0"]).distance(&without), 0);
+    let no_lora = ["--eta", "0", "--config", "{\"lora_strength\": 0}"];
+    assert_eq!(draw(&folder, "zero.png", &no_lora).distance(&without), 0);
+    assert!(draw(&folder, "lora.png", &["--eta", "0"]).distance(&without) > 1, "the LoRA shows");
     let host = draw(&folder, "host.png", &["--eta", "4", "--gradient", "host"]);
     let plugin = draw(&folder, "plugin.png", &["--eta", "4", "--gradient", "plugin"]);
     assert!(host.distance(&plugin) <= 1);

@@ -35,10 +35,10 @@ fn columns_are_the_pictures_of_the_same_seeds() {
     assert_eq!(figure.settings(), numbers["settings"]);
     let variants = numbers["variants"].as_array().unwrap();
     let labels: Vec<_> = variants.iter().map(|variant| variant["label"].as_str().unwrap()).collect();
-    assert_eq!(labels, ["without plugin", "eta 0.5", "eta 4"]);
+    assert_eq!(labels, ["without plugin", "LoRA", "LoRA, eta 0.5", "LoRA, eta 4"]);
 
     // Row 2 is the second prompt's first seed.
-    for (column, more) in [(0, &["--no-plugin"][..]), (2, &["--eta", "4", "--report", "report.json"])] {
+    for (column, more) in [(0, &["--no-plugin"][..]), (3, &["--eta", "4", "--report", "report.json"])] {
         let words = ["--prompt", PROMPTS[1], "--seed", "5", "--steps", "2"];
         generated(&folder, &[&words[..], more].concat());
         let alone = Picture::read(&folder.join("out.png"));
@@ -47,11 +47,11 @@ fn columns_are_the_pictures_of_the_same_seeds() {
         let distance = found.iter().zip(&alone.pixels).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
         assert!(distance <= 2, "column {column}: {distance}");
     }
-    assert_ne!(cell(&figure, (2, 0), 64, 2), cell(&figure, (2, 2), 64, 2));
+    assert_ne!(cell(&figure, (2, 1), 64, 2), cell(&figure, (2, 3), 64, 2));
     assert_ne!(cell(&figure, (2, 0), 64, 2), cell(&figure, (3, 0), 64, 2));
 
     let report: Value = serde_json::from_slice(&std::fs::read(folder.join("report.json")).unwrap()).unwrap();
-    let row = &variants[2]["rows"][2];
+    let row = &variants[3]["rows"][2];
     assert_eq!((&row["prompt"], &row["seed"]), (&json!(PROMPTS[1]), &json!(5)));
     for (step, score) in row["scores"].as_array().unwrap().iter().enumerate() {
         let expected = report["steps"][step]["items"][0]["score"].as_f64().unwrap();
@@ -65,8 +65,9 @@ fn columns_are_the_pictures_of_the_same_seeds() {
         let moved = rows.iter().all(|row| row["correction_norms"][0].as_f64().unwrap() > 0.);
         assert_eq!(moved, variant["eta"] != 0.);
     }
-    // All start from the same latents, so their first scores are one.
-    assert_eq!(variants[0]["rows"][1]["scores"][0], variants[2]["rows"][1]["scores"][0]);
+    // All start from the same latents, so their first scores are one, but for the LoRA.
+    assert_eq!(variants[1]["rows"][1]["scores"][0], variants[3]["rows"][1]["scores"][0]);
+    assert_ne!(variants[0]["rows"][1]["scores"][0], variants[1]["rows"][1]["scores"][0]);
 }
 
 /// An adapter that brings LoRA weights gets a column for them alone, and the first column is without them.
