@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use host_api::host::Library;
-use host_demo::{Error, PluginChoice, Result, default_adapter, default_plugin};
+use host_demo::{Error, PluginChoice, Result, SHIPPED_ETA, default_adapter, default_plugin};
 use serde_json::{Value, json};
 
 use crate::options::{GradientSource, ModelOptions};
@@ -12,8 +12,8 @@ use crate::options::{GradientSource, ModelOptions};
 const DPT: &str = "dpt";
 
 impl ModelOptions {
-    /// The plugin and its configuration: the one given, with the shipped adapter where the shipped model is used and no
-    /// adapter is named. There is no default for other models: an adapter belongs to the model it was trained on.
+    /// The plugin and its configuration: the one given, with the shipped adapter and its strength where the shipped model is used
+    /// and no adapter is named. There is no default for other models: an adapter belongs to the model it was trained on.
     pub(crate) fn plugin_choice(&self, model: &Path, shipped: bool) -> Result<PluginChoice> {
         let library = self.plugin.clone().map_or_else(default_plugin, Ok)?;
         let mut config = self.config.as_deref().map_or_else(|| Ok(json!({})), read_config)?;
@@ -31,6 +31,7 @@ impl ModelOptions {
                 )));
             }
             keys.insert("adapter".into(), json!(default_adapter()?));
+            keys.entry("eta").or_insert(json!(SHIPPED_ETA));
         }
         if let Some(source) = self.gradient {
             if !is_dpt {

@@ -25,7 +25,7 @@ pub(crate) struct Compare {
     #[command(flatten)]
     sampling: SamplingOptions,
     /// Strengths of the correction, a column each
-    #[arg(long, value_name = "F,F,..", value_delimiter = ',', default_values_t = [0.5, 4.])]
+    #[arg(long, value_name = "F,F,..", value_delimiter = ',', default_values_t = [1., 8.])]
     eta: Vec<f64>,
     /// The first seed of every prompt
     #[arg(long, default_value_t = 0)]

@@ -1,6 +1,6 @@
 //! Figures: pictures side by side under labels, with curves below.
 
-use plotters::chart::{ChartBuilder, SeriesLabelPosition};
+use plotters::chart::ChartBuilder;
 use plotters::drawing::{DrawingArea, IntoDrawingArea};
 use plotters::element::PathElement;
 use plotters::prelude::{BitMapBackend, LineSeries};
@@ -45,6 +45,8 @@ const GAP: u32 = 8;
 const LINE: u32 = 24;
 const TEXT: u32 = 17;
 const PLOT_HEIGHT: u32 = 300;
+/// Length of a curve's line in the legend.
+const STROKE: u32 = 24;
 /// Smaller pictures are enlarged by a whole factor to about this width.
 const CELL: u32 = 160;
 /// A plot that is narrower cannot be read.
@@ -73,9 +75,12 @@ impl Figure {
         let row_height = cell_height.saturating_add(LINE + GAP);
         let headings = if self.columns.is_empty() { 0 } else { LINE };
         let plot_top = rows.saturating_mul(row_height).saturating_add(MARGIN + headings);
-        let plot_height = if self.curves.is_empty() { 0 } else { PLOT_HEIGHT };
+        // The legend stands above the plot, a line for each curve, where it covers nothing.
+        let legend = u32::try_from(self.curves.len()).unwrap_or(u32::MAX).saturating_mul(LINE);
+        let plot_height = if self.curves.is_empty() { 0 } else { PLOT_HEIGHT.saturating_add(legend) };
         let full_width = columns.saturating_mul(cell_width.saturating_add(GAP)).saturating_add(2 * MARGIN - GAP);
-        let (full_width, full_height) = (full_width.max(LEAST_WIDTH), plot_top.saturating_add(plot_height + MARGIN));
+        let (full_width, full_height) =
+            (full_width.max(LEAST_WIDTH), plot_top.saturating_add(plot_height).saturating_add(MARGIN));
         let mut figure = Rgb::filled(full_width, full_height, [255; 3])?;
         let left = |column: usize| MARGIN + column as u32 * (cell_width + GAP);
         let top = |row: usize| MARGIN + LINE + row as u32 * row_height;
@@ -90,7 +95,15 @@ impl Figure {
                 write(&area, label, (MARGIN, top(row)), HPos::Left, full_width - 2 * MARGIN)?;
             }
             if !self.curves.is_empty() {
-                self.plot(&area.margin(plot_top, MARGIN, MARGIN, MARGIN)).map_err(failed)?;
+                for (index, (curve, colour)) in self.coloured().enumerate() {
+                    let y = plot_top + index as u32 * LINE;
+                    let stroke =
+                        vec![(MARGIN as i32, (y + LINE / 2) as i32), ((MARGIN + STROKE) as i32, (y + LINE / 2) as i32)];
+                    area.draw(&PathElement::new(stroke, colour.stroke_width(3))).map_err(failed)?;
+                    let left = MARGIN + STROKE + GAP;
+                    write(&area, &curve.label, (left, y), HPos::Left, full_width - left - MARGIN)?;
+                }
+                self.plot(&area.margin(plot_top + legend, MARGIN, MARGIN, MARGIN)).map_err(failed)?;
             }
         }
         for (row, Row { pictures, .. }) in self.rows.iter().enumerate() {
@@ -141,23 +154,15 @@ impl Figure {
             .label_style(font)
             .axis_desc_style(font)
             .draw()?;
-        for (curve, colour) in self.curves.iter().zip(COLOURS.iter().cycle()) {
-            let style = colour.stroke_width(2);
-            let line = LineSeries::new(curve.points.iter().copied(), style);
-            chart
-                .draw_series(line)?
-                .label(&curve.label)
-                .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], style));
+        for (curve, colour) in self.coloured() {
+            chart.draw_series(LineSeries::new(curve.points.iter().copied(), colour.stroke_width(2)))?;
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
-            .background_style(WHITE.mix(0.8))
-            .border_style(RGBColor(190, 190, 190))
-            .label_font(font)
-            .draw()?;
         area.present()?;
         Ok(())
+    }
+
+    fn coloured(&self) -> impl Iterator<Item = (&Curve, &RGBColor)> {
+        self.curves.iter().zip(COLOURS.iter().cycle())
     }
 }
 

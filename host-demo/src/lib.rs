@@ -19,7 +19,7 @@ mod session;
 mod split;
 mod threads;
 
-pub use defaults::{default_adapter, default_model, default_plugin};
+pub use defaults::{SHIPPED_ETA, default_adapter, default_model, default_plugin};
 pub use error::{Error, Result};
 pub use figure::{Curve, Figure, Row};
 pub use host::ShowProgress;

@@ -13,7 +13,9 @@ use clap::Parser;
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { host_demo::settle_threads() };
-    match cli::run(cli::Cli::parse()) {
+    let cli = cli::Cli::parse();
+    // On a thread of the pool: what it gives the others to do, it need not be woken for when they are done.
+    match rayon::scope(|_| cli::run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

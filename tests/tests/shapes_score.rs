@@ -58,7 +58,7 @@ fn correction_raises_the_mean_score_over_128_captions() {
     let captions: Vec<&str> = CAPTIONS.lines().collect();
     assert_eq!(captions.len(), 128);
     let mut session = shipped();
-    let runs = [0., 0.5, 4.].map(|eta| (eta, mean_scores(&mut session, &captions, 25, eta)));
+    let runs = [0., 1., 8.].map(|eta| (eta, mean_scores(&mut session, &captions, 25, eta)));
     for (eta, scores) in &runs {
         let mean = scores.iter().sum::<f64>() / scores.len() as f64;
         println!("eta {eta}: mean score {mean:.4} over the steps, {:.4} at the last", scores[scores.len() - 1]);

@@ -24,7 +24,7 @@ pub(crate) struct Generate {
     #[arg(long, value_name = "FILE")]
     adapter: Vec<PathBuf>,
     /// Strengths of the correction; 0 measures an adapter's LoRA alone
-    #[arg(long, value_name = "F,F,..", value_delimiter = ',', default_values_t = [0., 0.5, 4.])]
+    #[arg(long, value_name = "F,F,..", value_delimiter = ',', default_values_t = [0., 1., 8.])]
     eta: Vec<f64>,
     /// LoRA to sample with and no correction; may be given several times
     #[arg(long, value_name = "FILE")]
