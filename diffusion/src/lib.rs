@@ -22,7 +22,7 @@ pub mod text;
 mod unet;
 mod vae;
 
-/// Kernels in f32 on the CPU, over rows of a slice; for autograd that candle does not have.
+/// Kernels in f32 on the CPU, over slices; for autograd that candle does not have.
 pub mod kernels {
     pub use crate::layers::kernels::*;
 }

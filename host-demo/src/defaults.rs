@@ -23,8 +23,8 @@ pub fn default_adapter() -> Result<PathBuf> {
     Ok(default_model()?.join("dpt.safetensors"))
 }
 
-/// The strength of the correction that the shipped adapter brought most with (`weights/shapes/RESULTS.md`). Adapters differ in
-/// how steep their scores are: the plugin's own default is the release's.
+/// The strength that the shipped adapter corrects with: at twice as much it brings hardly more (`weights/shapes/RESULTS.md`).
+/// Adapters differ in how steep their scores are: the plugin's own default is the release's.
 pub const SHIPPED_ETA: f64 = 8.;
 
 /// The plugin library beside this program (`libdpt.so`, `libdpt.dylib` or `dpt.dll`).

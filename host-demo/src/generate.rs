@@ -26,7 +26,8 @@ pub(crate) struct Generate {
     model: ModelOptions,
     #[command(flatten)]
     sampling: SamplingOptions,
-    /// Step size of the correction; 0 corrects nothing [default: the configuration's; 8 with the shipped adapter]
+    /// Step size of the correction; 0 corrects nothing [default: the configuration's; 8 where the shipped adapter
+    /// is taken because none is named]
     #[arg(long, value_name = "F")]
     eta: Option<f64>,
     /// Item i of the batch starts from seed + i.

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { host_demo::settle_threads() };
     let cli = cli::Cli::parse();
-    // On a thread of the pool: what it gives the others to do, it need not be woken for when they are done.
+    // On a thread of the pool, which takes part in parallel work instead of sleeping until it is done.
     match rayon::scope(|_| cli::run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

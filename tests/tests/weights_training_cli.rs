@@ -199,6 +199,9 @@ fn what_cannot_be_done_is_said() {
     refused(&folder, &probe(&["--dropout", "1"]), &["--dropout", "below 1"]);
     refused(&folder, &probe(&["--betas", "0.9"]), &["--betas"]);
     refused(&folder, &probe(&["--temperature", "0"]), &["--temperature"]);
+    // Of a flag with several values, a second would not be read.
+    let twice = ["--grounding-costs", "1", "1", "1", "--grounding-costs", "1", "1", "1"];
+    refused(&folder, &probe(&twice), &["--grounding-costs", "multiple times"]);
     refused(&folder, &probe(&["--matching", "0", "--grounding", "0"]), &["nothing to learn"]);
     refused(&folder, &probe(&["--contrast", "in-batch", "--batch", "1"]), &["at least 2"]);
     refused(&folder, &probe(&["--encoder-layers", "0"]), &["encoder has no layers"]);

@@ -5,7 +5,7 @@
 #     weights/shapes/experiments.sh FOLDER        # some hours on 2 cores
 #
 # Tables, JSON and plots go to FOLDER/results, runs to FOLDER. What FOLDER has is not made again, and a training run that was
-# interrupted is resumed.
+# interrupted after its first save is resumed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 weights=$here/../../target/release/weights
@@ -17,6 +17,8 @@ train() {
   [ -f "$1/curves.png" ] && return
   echo "== $*"
   "$weights" "${@:2}" --out "$1" --cache latents $([ -f "$1/state.safetensors" ] && echo --resume)
+  # An interrupted run saves and is content: the next must not start from half of it.
+  [ -f "$1/curves.png" ] || exit 130
 }
 
 # NAME COMMAND..: an evaluation; its table, numbers and plot.
@@ -35,7 +37,7 @@ train matching "${tune[@]}" --grounding 0
 train grounding "${tune[@]}" --matching 0
 
 adapter() { echo "--adapter $1/adapter.safetensors"; }
-timesteps=20,100,200,300,400,500,600,700,800,900,980
+timesteps=50,200,350,500,650,800,950
 for run in stage1 dpt; do
   evaluate "discriminate-$run" discriminate $(adapter $run) --examples 384 --cache latents --t $timesteps
 done
@@ -45,13 +47,13 @@ for run in matching grounding; do
 done
 
 for split in held-out train; do
-  evaluate "generate-$split" generate --split $split --captions 192 --control control/adapter.safetensors $(adapter dpt) --eta 0,0.5,1,2,4,8
-  evaluate "generate-$split-stage1" generate --split $split --captions 192 $(adapter stage1) --eta 0.5,1,2,4,8
-  evaluate "generate-$split-losses" generate --split $split --captions 192 $(adapter matching) $(adapter grounding) --eta 0,4
+  evaluate "generate-$split" generate --split $split --captions 192 --control control/adapter.safetensors $(adapter dpt) --eta 0,1,4,8,16
+  evaluate "generate-$split-stage1" generate --split $split --captions 192 $(adapter stage1) --eta 1,4,8,16
+  evaluate "generate-$split-losses" generate --split $split --captions 192 $(adapter matching) $(adapter grounding) --eta 0,8
 done
 
 for tap in down0 down1 up0 up1; do
   train "stage1-$tap" probe --tap $tap --steps 200 --batch 24
   evaluate "discriminate-$tap" discriminate $(adapter stage1-$tap) --examples 384 --cache latents
-  evaluate "generate-$tap" generate --split held-out --captions 96 $(adapter stage1-$tap) --eta 0.5,4
+  evaluate "generate-$tap" generate --split held-out --captions 96 $(adapter stage1-$tap) --eta 1,8
 done

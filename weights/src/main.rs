@@ -74,7 +74,7 @@ fn main() -> ExitCode {
     unsafe { host_demo::settle_threads() };
     keep_memory();
     let cli = Cli::parse();
-    // On a thread of the pool: what it gives the others to do, it need not be woken for when they are done.
+    // On a thread of the pool, which takes part in parallel work instead of sleeping until it is done.
     match rayon::scope(|_| run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -38,8 +38,8 @@ pub(crate) struct Probe {
     /// K, the queries for grounding [default: 100; 12 for smaller models]
     #[arg(long)]
     grounding_queries: Option<usize>,
-    /// Temperature of the matching loss before it is learned
-    #[arg(long, default_value_t = 0.07, value_parser = positive)]
+    /// Temperature of the matching loss before it is learned, at least 0.01
+    #[arg(long, default_value_t = 0.07, value_parser = temperature)]
     temperature: f64,
 }
 
@@ -93,4 +93,9 @@ impl Probe {
             Ok((Model::new(unet, sizes, tensors, Vec::new(), scheduler)?, settings))
         })
     }
+}
+
+/// Training keeps 1 / tau at 100 or below, as CLIP does.
+fn temperature(text: &str) -> std::result::Result<f64, String> {
+    positive(text).ok().filter(|tau| *tau >= 0.01).ok_or_else(|| "expected a finite number from 0.01".into())
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device};
-use clap::Args;
+use clap::{ArgAction, Args};
 use diffusion::scheduler::SchedulerConfig;
 use diffusion::{Pipeline, UNet, Vae};
 use dpt_plugin::loss::{GroundingLoss, GroundingWeights, PresenceLoss};
@@ -58,7 +58,7 @@ pub(crate) struct Training {
     #[arg(long, value_enum)]
     decay: Option<Decay>,
     /// AdamW's decay of the mean gradient and of the mean squared gradient
-    #[arg(long, num_args = 2, value_names = ["BETA1", "BETA2"], value_parser = probability, default_values_t = [AdamWSettings::DEFAULT.beta1, AdamWSettings::DEFAULT.beta2])]
+    #[arg(long, action = ArgAction::Set, num_args = 2, value_names = ["BETA1", "BETA2"], value_parser = probability, default_values_t = [AdamWSettings::DEFAULT.beta1, AdamWSettings::DEFAULT.beta2])]
     betas: Vec<f64>,
     /// Share of a parameter that is taken away at each step, times the learning rate
     #[arg(long, default_value_t = AdamWSettings::DEFAULT.weight_decay, value_parser = not_negative)]
@@ -76,10 +76,10 @@ pub(crate) struct Training {
     #[arg(long, default_value_t = 1., value_parser = not_negative)]
     pub(crate) grounding: f64,
     /// Weights of presence, L1 distance, generalised IoU and contrast in the grounding loss (Eq. 7)
-    #[arg(long, num_args = 4, value_names = ["PRESENCE", "L1", "GIOU", "CONTRAST"], value_parser = not_negative, default_values_t = GroundingWeights::DEFAULT.loss)]
+    #[arg(long, action = ArgAction::Set, num_args = 4, value_names = ["PRESENCE", "L1", "GIOU", "CONTRAST"], value_parser = not_negative, default_values_t = GroundingWeights::DEFAULT.loss)]
     grounding_terms: Vec<f64>,
     /// Weights of presence, L1 distance and generalised IoU in the choice of the query (Eq. 5)
-    #[arg(long, num_args = 3, value_names = ["PRESENCE", "L1", "GIOU"], value_parser = not_negative, default_values_t = GroundingWeights::DEFAULT.cost)]
+    #[arg(long, action = ArgAction::Set, num_args = 3, value_names = ["PRESENCE", "L1", "GIOU"], value_parser = not_negative, default_values_t = GroundingWeights::DEFAULT.cost)]
     grounding_costs: Vec<f64>,
     /// Temperature of the contrast between expressions and queries (Eq. 6)
     #[arg(long, default_value_t = GroundingLoss::DEFAULT.temperature, value_parser = positive)]

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `image` | the picture's file, PNG or JPEG, relative to the folder; required |
 //! | `caption` | what it shows; required |
-//! | `category` | what it tests: matching is evaluated for each category also |
+//! | `category` | what its hard negatives test: matching is evaluated for each category also |
 //! | `hard_captions` | list of captions that are nearly right |
 //! | `hard_images` | list of files that nearly fit the caption |
 //! | `expressions` | list of `{"text": .., "box": [x, y, width, height]}`, the box in the picture's pixels as COCO has it |

@@ -25,7 +25,7 @@ pub struct Example {
     pub picture: Picture,
     /// What it shows.
     pub caption: String,
-    /// What it tests, where that is known: results are given for each category.
+    /// What its hard negatives test, where that is known: results are given for each category.
     pub category: Option<String>,
     /// Captions that are nearly right.
     pub hard_captions: Vec<String>,

@@ -2,7 +2,7 @@ use serde_json::{Value, json};
 
 use super::{Example, Picture, Source};
 use crate::Result;
-use crate::world::{Split, example, expressions};
+use crate::world::{Caption, Category, Split, WorldExample, example, expressions};
 
 /// Scenes of the shapes world.
 #[derive(Clone, Debug)]
@@ -27,7 +27,7 @@ impl Source for ShapesSource {
         Ok(Example {
             expressions: expressions(&found.scene),
             caption: found.caption.to_string(),
-            category: Some(found.caption.category().name().into()),
+            category: Some(tested(&found).into()),
             hard_captions: vec![found.other_caption.to_string()],
             hard_pictures: vec![Picture::Scene { name: name("other"), scene: found.other_scene }],
             picture: Picture::Scene { name: name("scene"), scene: found.scene },
@@ -37,4 +37,13 @@ impl Source for ShapesSource {
     fn describe(&self) -> Value {
         json!({"shapes": {"seed": self.seed, "split": self.split.map(|split| split.to_string()), "examples": self.len}})
     }
+}
+
+/// What the hard negatives ask about: those of a relation have either other attributes or the reversed relation.
+fn tested(example: &WorldExample) -> &'static str {
+    match (&example.caption, &example.other_caption) {
+        (Caption::Related(_, relation, _), Caption::Related(_, other, _)) if relation == other => Category::Binding,
+        _ => example.caption.category(),
+    }
+    .name()
 }

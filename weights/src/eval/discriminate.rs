@@ -130,7 +130,8 @@ fn by_category(points: &[(usize, Discriminative)]) {
 
 fn figure(points: &[(usize, Discriminative)]) -> Figure {
     let curve = |label: &str, of: fn(&Discriminative) -> Share| {
-        let points = points.iter().map(|(t, found)| (*t as f64, percent(of(found)))).collect();
+        let mut points: Vec<_> = points.iter().map(|(t, found)| (*t as f64, percent(of(found)))).collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0));
         Curve { label: label.into(), points }
     };
     let curves = vec![

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use clap::Args;
 use diffusion::Checkpoint;
+use dpt_plugin::{Adapter, SizeHints};
 use host_demo::{Curve, Figure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -129,8 +130,11 @@ impl Generate {
         if self.captions * self.seeds < 2 {
             return Err(Error::Request("one picture has no Frechet distance: more --captions or --seeds".into()));
         }
-        for path in self.adapter.iter().chain(&self.lora).chain(&self.control) {
+        for path in &self.lora {
             Checkpoint::open(path, DType::F32, &Device::Cpu)?;
+        }
+        for path in self.adapter.iter().chain(&self.control) {
+            Adapter::open(path, SizeHints::default(), &Device::Cpu)?;
         }
         diffusion::device(&self.device)?;
         Ok(())
@@ -182,7 +186,8 @@ impl Generate {
             [Split::Train, Split::HeldOut].iter().flat_map(|s| self.adapter.iter().map(move |a| (s, a)))
         {
             let of_curve = points.iter().filter(|(s, v, _)| s == split && v.adapter.as_ref() == Some(adapter));
-            let points: Vec<_> = of_curve.map(|(_, v, found)| (v.eta, percent(found.all))).collect();
+            let mut points: Vec<_> = of_curve.map(|(_, v, found)| (v.eta, percent(found.all))).collect();
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
             if !points.is_empty() {
                 curves.push(Curve { label: format!("{}, {split}", adapter.display()), points });
             }

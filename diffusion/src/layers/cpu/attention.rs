@@ -200,9 +200,11 @@ struct Inputs<'a> {
 impl<'i> Inputs<'i> {
     fn new((q, k, v): (&'i [f32], &'i [f32], &'i [f32]), sizes: AttentionSizes) -> Self {
         let AttentionSizes { batch, queries, keys, .. } = sizes;
-        let values = |tokens: usize| batch * tokens * sizes.channels();
-        assert_eq!([q.len(), k.len(), v.len()], [values(queries), values(keys), values(keys)], "{sizes:?}");
-        assert!(values(queries) * keys > 0, "{sizes:?}");
+        let values =
+            |tokens: usize| [tokens, sizes.heads, sizes.width].iter().try_fold(batch, |n, m| n.checked_mul(*m));
+        let (of_queries, of_keys) = (values(queries), values(keys));
+        assert!(of_queries.is_some_and(|n| n > 0) && of_keys.is_some_and(|n| n > 0), "{sizes:?}");
+        assert_eq!([Some(q.len()), Some(k.len()), Some(v.len())], [of_queries, of_keys, of_keys], "{sizes:?}");
         Self { q, k, v, sizes }
     }
 

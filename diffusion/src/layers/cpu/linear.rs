@@ -46,7 +46,7 @@ pub(in crate::layers) fn linear_vjp(dy: &Tensor, weight: &Tensor, added: Option<
     let (Some(dys), Some(weight)) = (Values::of(dy), Values::of(weight)) else { return Ok(None) };
     let mut shape = dy.dims().to_vec();
     match shape.last_mut() {
-        Some(last) if *last == outputs && outputs > 0 => *last = inputs,
+        Some(last) if *last == outputs && outputs > 0 && inputs > 0 => *last = inputs,
         _ => return Ok(None),
     }
     let before = match added.filter(|added| added.dims() == shape).map(Values::of) {

@@ -14,7 +14,11 @@ const ROWS: usize = 256;
 pub(crate) fn lora_vjp(x: &Tensor, dy: &Tensor, down: &Tensor, up: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
     let ((rank, inputs), (outputs, up_rank)) = (down.dims2()?, up.dims2()?);
     let rows = x.dim(0)?;
-    if x.dims() != [rows, inputs] || dy.dims() != [rows, outputs] || rank != up_rank || rows * rank == 0 {
+    if x.dims() != [rows, inputs]
+        || dy.dims() != [rows, outputs]
+        || rank != up_rank
+        || rows * rank * inputs * outputs == 0
+    {
         // The products of tensors say what does not fit.
         return Ok(None);
     }

@@ -15,15 +15,16 @@ pub(super) struct Matrix<'a> {
 impl<'a> Matrix<'a> {
     /// Whole rows of `columns` values.
     pub(super) fn new(values: &'a [f32], columns: usize) -> Self {
+        assert!(columns > 0 && values.len().is_multiple_of(columns), "rows of {columns} in {} values", values.len());
         let rows = values.len() / columns;
-        assert_eq!(values.len(), rows * columns, "rows of {columns}");
         Self::part(values, rows, columns, columns)
     }
 
     /// `rows` of `columns` values each, `stride` apart, from the first value on.
     pub(super) fn part(values: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
-        let reach = if rows == 0 { 0 } else { (rows - 1) * stride + columns };
-        assert!(columns <= stride && reach <= values.len(), "{rows} rows of {columns}, {stride} apart");
+        let last = rows.saturating_sub(1).checked_mul(stride).and_then(|last| last.checked_add(columns));
+        let fits = rows == 0 || last.is_some_and(|reach| reach <= values.len());
+        assert!(columns <= stride && fits, "{rows} rows of {columns}, {stride} apart");
         Self { values, rows, columns, row_stride: stride, column_stride: 1 }
     }
 
@@ -74,7 +75,7 @@ pub(super) fn parallel_product(y: Option<Vec<f32>>, a: Matrix, b: Matrix) -> Vec
     }
 }
 
-/// The same on this thread alone, into rows that are `stride` apart.
+/// [`product`] into rows that are `stride` apart.
 ///
 /// # Safety
 /// Nothing else reads or writes these parts of the rows, all of which lie in one allocation, until it is done.
@@ -83,6 +84,8 @@ pub(super) unsafe fn product_into(y: *mut f32, stride: usize, before: Before, sc
     unsafe { multiply(y, stride, before, scale, a, b, Parallelism::None) };
 }
 
+/// # Safety
+/// As of [`product_into`].
 unsafe fn multiply(
     y: *mut f32,
     y_stride: usize,

@@ -9,7 +9,7 @@ use crate::Result;
 pub(in crate::layers) fn transpose_last(x: &Tensor) -> Result<Option<Tensor>> {
     const SQUARE: usize = 32;
     let (batch, rows, columns) = x.dims3()?;
-    let Some(xs) = Values::of(x) else { return Ok(None) };
+    let Some(xs) = Values::of(x).filter(|xs| !xs.is_empty()) else { return Ok(None) };
     let plane = rows * columns;
     // A task writes up to SQUARE whole rows of one item's result.
     let squares = columns.div_ceil(SQUARE);
