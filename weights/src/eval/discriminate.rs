@@ -109,12 +109,8 @@ fn row(name: &str, shares: [Share; 4]) {
 fn cell(share: Share) -> String {
     match share.trials {
         0 => "none".to_owned(),
-        trials => format!("{:.1} % of {trials}", percent(share)),
+        trials => format!("{:.1} % of {trials}", share.percent()),
     }
-}
-
-fn percent(share: Share) -> f64 {
-    100. * share.hits as f64 / share.trials.max(1) as f64
 }
 
 /// Matching by category, where the examples have any.
@@ -130,7 +126,7 @@ fn by_category(points: &[(usize, Discriminative)]) {
 
 fn figure(points: &[(usize, Discriminative)]) -> Figure {
     let curve = |label: &str, of: fn(&Discriminative) -> Share| {
-        let mut points: Vec<_> = points.iter().map(|(t, found)| (*t as f64, percent(of(found)))).collect();
+        let mut points: Vec<_> = points.iter().map(|(t, found)| (*t as f64, of(found).percent())).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         Curve { label: label.into(), points }
     };

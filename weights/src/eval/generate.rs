@@ -9,7 +9,7 @@ use dpt_plugin::{Adapter, SizeHints};
 use host_demo::{Curve, Figure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use weights::evaluate::{Alignment, Sampling, Share, Variant, generative, paired_difference, wilson};
+use weights::evaluate::{Alignment, Sampling, Variant, generative, paired_difference, wilson};
 use weights::world::{Category, Split};
 use weights::{Error, Result};
 
@@ -186,7 +186,7 @@ impl Generate {
             [Split::Train, Split::HeldOut].iter().flat_map(|s| self.adapter.iter().map(move |a| (s, a)))
         {
             let of_curve = points.iter().filter(|(s, v, _)| s == split && v.adapter.as_ref() == Some(adapter));
-            let mut points: Vec<_> = of_curve.map(|(_, v, found)| (v.eta, percent(found.all))).collect();
+            let mut points: Vec<_> = of_curve.map(|(_, v, found)| (v.eta, found.all.percent())).collect();
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
             if !points.is_empty() {
                 curves.push(Curve { label: format!("{}, {split}", adapter.display()), points });
@@ -196,20 +196,16 @@ impl Generate {
     }
 }
 
-fn percent(share: Share) -> f64 {
-    100. * share.hits as f64 / share.trials.max(1) as f64
-}
-
 /// A line of the table: shares in percent, the whole with its interval, and the differences from the references that there are
 /// already.
 fn row(label: &str, found: &Alignment, references: &[Option<&[bool]>]) -> String {
     let cell = |category: Category| match found.by_category.get(&category) {
-        Some(share) => format!("{:.0}", percent(*share)),
+        Some(share) => format!("{:.0}", share.percent()),
         None => "none".into(),
     };
     let cells = Category::ALL.map(cell).join(" | ");
     let (low, high) = wilson(found.all.hits, found.all.trials);
-    let all = format!("{:.1} ({:.1} to {:.1})", percent(found.all), 100. * low, 100. * high);
+    let all = format!("{:.1} ({:.1} to {:.1})", found.all.percent(), 100. * low, 100. * high);
     let difference = |reference: &Option<&[bool]>| match reference {
         None => " |".into(),
         Some(reference) => {

@@ -24,6 +24,11 @@ impl Share {
         self.trials += 1;
     }
 
+    /// Of all, the right ones; 0 of none.
+    pub fn percent(self) -> f64 {
+        100. * self.hits as f64 / self.trials.max(1) as f64
+    }
+
     /// Both shares' answers.
     pub fn and(self, other: Self) -> Self {
         Self { hits: self.hits + other.hits, trials: self.trials + other.trials }
