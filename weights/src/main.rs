@@ -85,7 +85,8 @@ fn main() -> ExitCode {
 }
 
 /// Tensors of many megabytes come and go at every step. glibc's allocator gives each back to the system at once, and takes it
-/// again page by page, which costs a fifth of a training step; here it keeps what it has.
+/// again page by page, which costs a fifth of a training step; here it keeps what it has, in one arena, since those of further
+/// threads hold no more than 64 MB.
 fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: these set numbers in the allocator, which may be done at any time.
@@ -96,5 +97,6 @@ fn keep_memory() {
             libc::mallopt(libc::M_MMAP_THRESHOLD, LIMIT);
         }
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }

@@ -23,20 +23,25 @@ impl Conv2d {
 
     /// `[B, in, h, w]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward_by(x, None)
+        self.forward_by(x, &self.bias, None)
+    }
+
+    /// `forward(x)` with something added to every pixel of an item's channel: `more` is `[B, out]`.
+    pub(crate) fn forward_biased(&self, x: &Tensor, more: &Tensor) -> Result<Tensor> {
+        self.forward_by(x, &more.broadcast_add(&self.bias)?, None)
     }
 
     /// `residual + forward(x)`.
     pub(crate) fn forward_onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
-        self.forward_by(x, Some(residual))
+        self.forward_by(x, &self.bias, Some(residual))
     }
 
-    fn forward_by(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+    fn forward_by(&self, x: &Tensor, bias: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
         let x = x.contiguous()?;
-        if let Some(y) = cpu::conv3x3(&x, &self.kernel, Some(&self.bias), residual, self.stride)? {
+        if let Some(y) = cpu::conv3x3(&x, &self.kernel, Some(bias), residual, self.stride)? {
             return Ok(y);
         }
-        let y = self.add_bias(x.conv2d(&self.kernel, 1, self.stride, 1, 1)?)?;
+        let y = add_bias(x.conv2d(&self.kernel, 1, self.stride, 1, 1)?, bias)?;
         Ok(match residual {
             Some(residual) => (residual + y)?,
             None => y,
@@ -47,7 +52,7 @@ impl Conv2d {
     /// downsampling does.
     pub(crate) fn forward_padded_end(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?;
-        self.add_bias(x.conv2d(&self.kernel, 0, self.stride, 1, 1)?)
+        add_bias(x.conv2d(&self.kernel, 0, self.stride, 1, 1)?, &self.bias)
     }
 
     /// The gradient for an input of `height x width` from that of the output, `[B, out, ..]` to `[B, in, height, width]`.
@@ -67,10 +72,11 @@ impl Conv2d {
             phases => strided_vjp(&dy, phases, height, width),
         }
     }
+}
 
-    fn add_bias(&self, y: Tensor) -> Result<Tensor> {
-        Ok(y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?)
-    }
+/// `[out]`, or `[B, out]` for each item its own, to every pixel.
+fn add_bias(y: Tensor, bias: &Tensor) -> Result<Tensor> {
+    Ok(y.broadcast_add(&bias.reshape(((), y.dim(1)?, 1, 1))?)?)
 }
 
 /// The kernel of the adjoint convolution: flipped in space, input and output channels exchanged.

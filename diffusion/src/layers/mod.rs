@@ -21,17 +21,17 @@ mod tokens;
 pub(crate) use activation::{geglu, geglu_vjp, silu};
 pub(crate) use attention::Attended;
 pub(crate) use conv::Conv2d;
-pub(crate) use cpu::lora_vjp;
+pub(crate) use cpu::{Cotangents, Wanted, lora_vjp};
 pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;
 pub(crate) mod kernels {
     pub use super::cpu::{
-        AttentionSizes, Cotangents, attend_heads, attend_heads_vjp, layer_norm_rows, layer_norm_rows_parameters_vjp,
-        layer_norm_rows_vjp, linear_rows, softmax_rows, softmax_rows_vjp,
+        AttentionSizes, Cotangents, Wanted, attend_heads, attend_heads_vjp, layer_norm_rows,
+        layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, softmax_rows, softmax_rows_vjp,
     };
 }
 pub(crate) use linear::Linear;
 pub(crate) use norm::{GroupNorm, LayerNorm, statistics_dtype};
 pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};
 pub(crate) use resnet::{ResnetBlock, ResnetSizes, ResnetTape};
-pub(crate) use tokens::{to_image, to_tokens};
+pub(crate) use tokens::{to_image, to_image_onto, to_tokens};

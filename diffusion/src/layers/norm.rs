@@ -42,22 +42,35 @@ impl GroupNorm {
         Ok(silu(&self.affine(&normal, x)?)?.to_dtype(x.dtype())?)
     }
 
-    pub(crate) fn vjp(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        if let Some(dx) = cpu::group_norm_vjp(x, dy, self.parameters(), self.groups, false)? {
-            return Ok(dx);
-        }
-        let (normal, inverse_deviation) = self.normalize(x)?;
-        self.vjp_of_affine(x, &normal, &inverse_deviation, &dy.to_dtype(normal.dtype())?)
+    /// `before` and the gradient for `x`.
+    pub(crate) fn vjp_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        self.vjp_by(x, dy, false, Some(before))
     }
 
-    /// The vjp of [`Self::forward_silu`].
+    /// The gradient for `x` of [`Self::forward_silu`].
     pub(crate) fn vjp_silu(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        if let Some(dx) = cpu::group_norm_vjp(x, dy, self.parameters(), self.groups, true)? {
+        self.vjp_by(x, dy, true, None)
+    }
+
+    /// `before + vjp_silu(x, dy)`.
+    pub(crate) fn vjp_silu_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        self.vjp_by(x, dy, true, Some(before))
+    }
+
+    fn vjp_by(&self, x: &Tensor, dy: &Tensor, silu: bool, before: Option<&Tensor>) -> Result<Tensor> {
+        if let Some(dx) = cpu::group_norm_vjp(x, dy, self.parameters(), self.groups, silu, before)? {
             return Ok(dx);
         }
         let (normal, inverse_deviation) = self.normalize(x)?;
-        let d = silu_vjp(&self.affine(&normal, x)?, &dy.to_dtype(normal.dtype())?)?;
-        self.vjp_of_affine(x, &normal, &inverse_deviation, &d)
+        let mut d = dy.to_dtype(normal.dtype())?;
+        if silu {
+            d = silu_vjp(&self.affine(&normal, x)?, &d)?;
+        }
+        let dx = self.vjp_of_affine(x, &normal, &inverse_deviation, &d)?;
+        Ok(match before {
+            Some(before) => (before + dx)?,
+            None => dx,
+        })
     }
 
     fn parameters(&self) -> cpu::Affine<'_> {
@@ -106,14 +119,15 @@ impl LayerNorm {
         Ok(y.reshape(x.shape())?.to_dtype(x.dtype())?)
     }
 
-    pub(crate) fn vjp(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters())? {
+    /// `before` and the gradient for `x`.
+    pub(crate) fn vjp_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters(), before)? {
             return Ok(dx);
         }
         let (normal, inverse_deviation) = self.normalize(x)?;
         let weight = self.weight.to_dtype(normal.dtype())?;
         let d = dy.to_dtype(normal.dtype())?.reshape(normal.shape())?.broadcast_mul(&weight)?;
-        Ok(normalize_vjp(&normal, &inverse_deviation, &d)?.reshape(x.shape())?.to_dtype(x.dtype())?)
+        Ok((before + normalize_vjp(&normal, &inverse_deviation, &d)?.reshape(x.shape())?.to_dtype(x.dtype())?)?)
     }
 
     fn parameters(&self) -> cpu::Affine<'_> {
@@ -197,10 +211,19 @@ mod tests {
     #[test]
     fn gradients() {
         let (norm, x) = (group_norm(DType::F64), values(0, (2, 6, 3, 5)));
-        assert_vjp("group norm", &x, |x| norm.forward(x), |dy| norm.vjp(&x, dy));
+        let zeros = x.zeros_like().unwrap();
+        assert_vjp("group norm", &x, |x| norm.forward(x), |dy| norm.vjp_onto(&zeros, &x, dy));
         assert_vjp("group norm and SiLU", &x, |x| norm.forward_silu(x), |dy| norm.vjp_silu(&x, dy));
+        let (before, dy) = (values(1, x.shape()), values(2, x.shape()));
+        let sum = |dx: Tensor| numbers(&(&before + dx).unwrap());
+        assert_values(&norm.vjp_onto(&before, &x, &dy).unwrap(), &sum(norm.vjp_onto(&zeros, &x, &dy).unwrap()), 0.);
+        assert_values(&norm.vjp_silu_onto(&before, &x, &dy).unwrap(), &sum(norm.vjp_silu(&x, &dy).unwrap()), 0.);
         let (norm, x) = (layer_norm(), values(0, (2, 5, 6)));
-        assert_vjp("layer norm", &x, |x| norm.forward(x), |dy| norm.vjp(&x, dy));
+        let zeros = x.zeros_like().unwrap();
+        assert_vjp("layer norm", &x, |x| norm.forward(x), |dy| norm.vjp_onto(&zeros, &x, dy));
+        let (before, dy) = (values(1, x.shape()), values(2, x.shape()));
+        let sum = (&before + norm.vjp_onto(&zeros, &x, &dy).unwrap()).unwrap();
+        assert_values(&norm.vjp_onto(&before, &x, &dy).unwrap(), &numbers(&sum), 0.);
     }
 
     /// Squares and sums of such values are beyond f16's 65504.

@@ -49,10 +49,11 @@ impl ResnetBlock {
 
     /// `time` is the SiLU of the timestep embedding, `[B, width]`, where the block takes one.
     pub(crate) fn record(&self, x: &Tensor, time: Option<&Tensor>) -> Result<(Tensor, ResnetTape)> {
-        let mut hidden = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        if let (Some(projection), Some(time)) = (&self.time, time) {
-            hidden = hidden.broadcast_add(&projection.forward(time)?.unsqueeze(2)?.unsqueeze(3)?)?;
-        }
+        let normal = self.norm1.forward_silu(x)?;
+        let hidden = match (&self.time, time) {
+            (Some(projection), Some(time)) => self.conv1.forward_biased(&normal, &projection.forward(time)?)?,
+            _ => self.conv1.forward(&normal)?,
+        };
         let normal = self.norm2.forward_silu(&hidden)?;
         let y = match &self.shortcut {
             Some(shortcut) => self.conv2.forward_onto(&shortcut.forward_channels(x)?, &normal)?,
@@ -69,11 +70,11 @@ impl ResnetBlock {
         let ResnetTape { x, hidden } = tape;
         let size = (x.dim(2)?, x.dim(3)?);
         let d = self.norm2.vjp_silu(&hidden, &self.conv2.vjp(dy, size)?)?;
-        let d = self.norm1.vjp_silu(&x, &self.conv1.vjp(&d, size)?)?;
-        Ok(match &self.shortcut {
-            Some(shortcut) => (shortcut.vjp_channels(dy)? + d)?,
-            None => (dy + d)?,
-        })
+        let d = self.conv1.vjp(&d, size)?;
+        match &self.shortcut {
+            Some(shortcut) => self.norm1.vjp_silu_onto(&shortcut.vjp_channels(dy)?, &x, &d),
+            None => self.norm1.vjp_silu_onto(dy, &x, &d),
+        }
     }
 }
 

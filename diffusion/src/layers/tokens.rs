@@ -6,7 +6,7 @@ use crate::Result;
 /// `[B, C, h, w]` to `[B, h w, C]`.
 pub(crate) fn to_tokens(x: &Tensor) -> Result<Tensor> {
     let channels = x.flatten_from(2)?;
-    match cpu::transpose_last(&channels)? {
+    match cpu::transpose_last(&channels, None)? {
         Some(tokens) => Ok(tokens),
         None => Ok(channels.transpose(1, 2)?.contiguous()?),
     }
@@ -14,11 +14,19 @@ pub(crate) fn to_tokens(x: &Tensor) -> Result<Tensor> {
 
 /// `[B, h w, C]` to the shape of `like`.
 pub(crate) fn to_image(x: &Tensor, like: &Tensor) -> Result<Tensor> {
-    let channels = match cpu::transpose_last(x)? {
+    let channels = match cpu::transpose_last(x, None)? {
         Some(channels) => channels,
         None => x.transpose(1, 2)?.contiguous()?,
     };
     Ok(channels.reshape(like.shape())?)
+}
+
+/// `residual + to_image(x, residual)`.
+pub(crate) fn to_image_onto(residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+    match cpu::transpose_last(x, Some(residual))? {
+        Some(sum) => Ok(sum.reshape(residual.shape())?),
+        None => Ok((residual + to_image(x, residual)?)?),
+    }
 }
 
 #[cfg(test)]
@@ -38,6 +46,9 @@ mod tests {
             assert_eq!(tokens.dims(), [2, h * w, c]);
             assert_eq!(numbers(&tokens), numbers(&wide.to_dtype(DType::F32).unwrap()));
             assert_eq!(numbers(&to_image(&tokens, &single).unwrap()), numbers(&single));
+            let twice = (&single + &single).unwrap();
+            assert_eq!(numbers(&to_image_onto(&single, &tokens).unwrap()), numbers(&twice));
+            assert_eq!(numbers(&to_image_onto(&x, &wide).unwrap()), numbers(&(&x + &x).unwrap()));
         }
     }
 }

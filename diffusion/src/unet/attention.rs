@@ -1,7 +1,7 @@
 use candle_core::Tensor;
 
 use super::lora_gradients::LoraGradients;
-use crate::layers::{Attended, Linear};
+use crate::layers::{Attended, Cotangents, Linear, Wanted};
 use crate::{Result, Scope};
 
 /// Keys and values, `[B, tokens, channels]`.
@@ -29,12 +29,6 @@ pub(super) struct Inputs {
     pub(super) x: Tensor,
     /// Of keys and values; `x` again in self-attention.
     pub(super) context: Tensor,
-}
-
-/// Cotangents of the projections' outputs, `[B, tokens, channels]`.
-struct Projected {
-    queries: Tensor,
-    keys_values: Option<(Tensor, Tensor)>,
 }
 
 /// What the backward pass of one [`Attention`] needs, `[B, tokens, channels]`.
@@ -95,58 +89,60 @@ impl Attention {
         Attended { q: queries, k: keys, v: values, heads: self.heads, upcast: self.upcast }
     }
 
-    /// The gradient for `x` where keys and values are fixed (cross-attention).
+    /// The gradient for `x` where keys and values are fixed (cross-attention); `None` where the backward pass ends.
     pub(super) fn vjp_queries(
         &self,
         tape: &AttentionTape,
         dy: &Tensor,
         inputs: impl FnOnce() -> Result<Inputs>,
         lora: &mut LoraGradients,
-    ) -> Result<Tensor> {
-        let wanted = lora.wants(&self.path);
-        let gradients = self.vjp_projected(tape, dy, wanted)?;
-        if wanted {
-            self.add_lora_gradients(tape, dy, &gradients, &inputs()?, lora)?;
+    ) -> Result<Option<Tensor>> {
+        let cotangents = self.vjp_attended(tape, dy, Wanted::Queries, inputs, lora)?;
+        if lora.end_at(&self.path) {
+            return Ok(None);
         }
-        self.to_q.vjp(&gradients.queries)
+        self.to_q.vjp(&cotangents.q).map(Some)
     }
 
-    /// The gradient for `x` where keys and values came from `x` too (self-attention).
+    /// The gradient for `x` where keys and values came from `x` too (self-attention); `None` where the backward pass ends.
     pub(super) fn vjp_self(
         &self,
         tape: &AttentionTape,
         dy: &Tensor,
         inputs: impl FnOnce() -> Result<Inputs>,
         lora: &mut LoraGradients,
-    ) -> Result<Tensor> {
-        let gradients = self.vjp_projected(tape, dy, true)?;
-        if lora.wants(&self.path) {
-            self.add_lora_gradients(tape, dy, &gradients, &inputs()?, lora)?;
+    ) -> Result<Option<Tensor>> {
+        let cotangents = self.vjp_attended(tape, dy, Wanted::Keys, inputs, lora)?;
+        if lora.end_at(&self.path) {
+            return Ok(None);
         }
-        let (dk, dv) = gradients.keys_values.expect("asked for");
-        self.to_v.vjp_onto(&self.to_k.vjp_onto(&self.to_q.vjp(&gradients.queries)?, &dk)?, &dv)
+        let (dk, dv) = cotangents.kv.expect("asked for");
+        let dx = self.to_k.vjp_onto(&self.to_q.vjp(&cotangents.q)?, &dk)?;
+        self.to_v.vjp_onto(&dx, &dv).map(Some)
     }
 
-    fn vjp_projected(&self, tape: &AttentionTape, dy: &Tensor, keys: bool) -> Result<Projected> {
-        let (queries, keys_values) = self.attended(tape).vjp(&self.to_out.vjp(dy)?, keys)?;
-        Ok(Projected { queries, keys_values })
-    }
-
-    fn add_lora_gradients(
+    /// The cotangents of the projections' outputs, at least those that are asked for. Where the projections have LoRA, its
+    /// gradients are found too.
+    fn vjp_attended(
         &self,
         tape: &AttentionTape,
         dy: &Tensor,
-        gradients: &Projected,
-        inputs: &Inputs,
+        wanted: Wanted,
+        inputs: impl FnOnce() -> Result<Inputs>,
         lora: &mut LoraGradients,
-    ) -> Result<()> {
-        let (dk, dv) = gradients.keys_values.as_ref().expect("asked for where LoRA is");
-        let attended = self.attended(tape).attend()?;
-        let module = |name: &str| format!("{}.{name}", self.path);
-        lora.add(&module("to_q"), &inputs.x, &gradients.queries)?;
-        lora.add(&module("to_k"), &inputs.context, dk)?;
-        lora.add(&module("to_v"), &inputs.context, dv)?;
-        lora.add(&module("to_out.0"), &attended, dy)
+    ) -> Result<Cotangents<Tensor>> {
+        let with_lora = lora.wants(&self.path);
+        let wanted = if with_lora { Wanted::Attended } else { wanted };
+        let cotangents = self.attended(tape).vjp(&self.to_out.vjp(dy)?, wanted)?;
+        if let (true, Cotangents { q, kv: Some((k, v)), attended: Some(attended) }) = (with_lora, &cotangents) {
+            let Inputs { x, context } = inputs()?;
+            let module = |name: &str| format!("{}.{name}", self.path);
+            lora.add(&module("to_q"), &x, q)?;
+            lora.add(&module("to_k"), &context, k)?;
+            lora.add(&module("to_v"), &context, v)?;
+            lora.add(&module("to_out.0"), attended, dy)?;
+        }
+        Ok(cotangents)
     }
 }
 
@@ -170,8 +166,10 @@ mod tests {
     fn self_attention_gradient_passes_queries_keys_and_values() {
         let (attention, x) = (attention(8), values(0, (2, 6, 8)));
         let record = |x: &Tensor| attention.record(&x.zeros_like()?, x, attention.keys_values(x)?);
-        let vjp =
-            |dy: &Tensor| attention.vjp_self(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default());
+        let vjp = |dy: &Tensor| {
+            let dx = attention.vjp_self(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default())?;
+            Ok(dx.expect("the pass goes on"))
+        };
         assert_vjp("self-attention", &x, |x| Ok(record(x)?.0), vjp);
     }
 
@@ -180,8 +178,10 @@ mod tests {
         let (attention, x) = (attention(5), values(0, (2, 6, 8)));
         let text = attention.keys_values(&values(9, (2, 3, 5))).unwrap();
         let record = |x: &Tensor| attention.record(&x.zeros_like()?, x, text.clone());
-        let vjp =
-            |dy: &Tensor| attention.vjp_queries(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default());
+        let vjp = |dy: &Tensor| {
+            let dx = attention.vjp_queries(&record(&x)?.1, dy, || unreachable!(), &mut LoraGradients::default())?;
+            Ok(dx.expect("the pass goes on"))
+        };
         assert_vjp("cross-attention", &x, |x| Ok(record(x)?.0), vjp);
     }
 }

@@ -41,11 +41,12 @@ impl Layer {
         Ok((x, tape))
     }
 
-    fn vjp(&self, tape: LayerTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
-        match (&self.attention, tape.attention) {
-            (Some(attention), Some(kept)) => self.resnet.vjp(tape.resnet, &attention.vjp(kept, dy, lora)?),
-            _ => self.resnet.vjp(tape.resnet, dy),
-        }
+    /// `None` where the backward pass ends.
+    fn vjp(&self, tape: LayerTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Option<Tensor>> {
+        let (Some(attention), Some(kept)) = (&self.attention, tape.attention) else {
+            return self.resnet.vjp(tape.resnet, dy).map(Some);
+        };
+        attention.vjp(kept, dy, lora)?.map(|d| self.resnet.vjp(tape.resnet, &d)).transpose()
     }
 }
 
@@ -107,21 +108,23 @@ impl DownBlock {
         Ok((x, DownTape { layers, size }))
     }
 
-    /// `skips` holds the gradients of the skip connections that were used, the coarsest on top.
+    /// `skips` holds the gradients of the skip connections that were used, the coarsest on top. `None` where the backward pass
+    /// ends.
     pub(super) fn vjp(
         &self,
         tape: DownTape,
         mut d: Tensor,
         skips: &mut Vec<Tensor>,
         lora: &mut LoraGradients,
-    ) -> Result<Tensor> {
+    ) -> Result<Option<Tensor>> {
         if let Some(downsampler) = &self.downsampler {
             d = downsampler.vjp(&add_skip(d, skips)?, tape.size)?;
         }
         for (layer, tape) in self.layers.iter().zip(tape.layers).rev() {
-            d = layer.vjp(tape, &add_skip(d, skips)?, lora)?;
+            let Some(dx) = layer.vjp(tape, &add_skip(d, skips)?, lora)? else { return Ok(None) };
+            d = dx;
         }
-        Ok(d)
+        Ok(Some(d))
     }
 }
 
@@ -158,10 +161,13 @@ impl MidBlock {
         Ok((x, MidTape([first, second])))
     }
 
-    pub(super) fn vjp(&self, tape: MidTape, d: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
+    /// `None` where the backward pass ends.
+    pub(super) fn vjp(&self, tape: MidTape, d: &Tensor, lora: &mut LoraGradients) -> Result<Option<Tensor>> {
         let MidTape([first, second]) = tape;
-        let d = self.layers[1].vjp(second, d, lora)?;
-        self.layers[0].vjp(first, &d, lora)
+        match self.layers[1].vjp(second, d, lora)? {
+            Some(d) => self.layers[0].vjp(first, &d, lora),
+            None => Ok(None),
+        }
     }
 }
 
@@ -221,23 +227,23 @@ impl UpBlock {
         Ok((x, UpTape { layers, channels, size }))
     }
 
-    /// Pushes the gradients of the skip connections, the finest first.
+    /// Pushes the gradients of the skip connections, the finest first. `None` where the backward pass ends.
     pub(super) fn vjp(
         &self,
         tape: UpTape,
         mut d: Tensor,
         skips: &mut Vec<Tensor>,
         lora: &mut LoraGradients,
-    ) -> Result<Tensor> {
+    ) -> Result<Option<Tensor>> {
         if let Some(upsampler) = &self.upsampler {
             d = upsample_nearest_vjp(&upsampler.vjp(&d, tape.size)?)?;
         }
         for ((layer, kept), channels) in self.layers.iter().zip(tape.layers).zip(tape.channels).rev() {
-            let both = layer.vjp(kept, &d, lora)?;
+            let Some(both) = layer.vjp(kept, &d, lora)? else { return Ok(None) };
             skips.push(both.narrow(1, channels, both.dim(1)? - channels)?.contiguous()?);
             d = both.narrow(1, 0, channels)?.contiguous()?;
         }
-        Ok(d)
+        Ok(Some(d))
     }
 }
 
@@ -272,7 +278,10 @@ mod tests {
         for (level, channels) in [(0, 16), (2, 16), (3, 32)] {
             let (block, x) = (&unet.down[level], values(0, (2, channels, 5, 6)));
             let alone = |x: &Tensor| block.record(x, condition, &mut Vec::new());
-            let vjp = |dy: &Tensor| block.vjp(alone(&x)?.1, dy.clone(), &mut Vec::new(), &mut LoraGradients::default());
+            let vjp = |dy: &Tensor| {
+                let dx = block.vjp(alone(&x)?.1, dy.clone(), &mut Vec::new(), &mut LoraGradients::default())?;
+                Ok(dx.expect("the pass goes on"))
+            };
             assert_vjp(&format!("down{level}"), &x, |x| Ok(alone(x)?.0), vjp);
 
             let outputs = |x: &Tensor| -> Result<_> {
@@ -287,7 +296,7 @@ mod tests {
                 let dy = cotangents.pop().expect("the output's");
                 let dx = block.vjp(tape, dy, &mut cotangents, &mut LoraGradients::default())?;
                 assert!(cotangents.is_empty(), "every skip connection's gradient is used");
-                Ok(dx)
+                Ok(dx.expect("the pass goes on"))
             };
             assert_vjp(&format!("down{level} with skips"), &x, |x| join(&outputs(x)?.0), vjp);
         }
@@ -299,7 +308,10 @@ mod tests {
         let (text, time) = (text(&unet, 2), values(8, (2, unet.config.time_width())));
         let condition = Condition { time: &time, text: &text, recording: true };
         let (block, x) = (unet.mid.as_ref().unwrap(), values(0, (2, 32, 3, 2)));
-        let vjp = |dy: &Tensor| block.vjp(block.record(&x, condition)?.1, dy, &mut LoraGradients::default());
+        let vjp = |dy: &Tensor| {
+            let dx = block.vjp(block.record(&x, condition)?.1, dy, &mut LoraGradients::default())?;
+            Ok(dx.expect("the pass goes on"))
+        };
         assert_vjp("mid", &x, |x| Ok(block.record(x, condition)?.0), vjp);
     }
 
@@ -329,7 +341,7 @@ mod tests {
                 let mut skips = Vec::new();
                 let dx = block.vjp(record(&x)?.1, dy.clone(), &mut skips, &mut LoraGradients::default())?;
                 // Pushed finest first, which is the order in which they were given.
-                skips.insert(0, dx);
+                skips.insert(0, dx.expect("the pass goes on"));
                 join(&skips)
             };
             assert_vjp(&format!("up{index}"), &x, |row| Ok(record(row)?.0), vjp);

@@ -23,18 +23,28 @@ pub struct LoraGradient {
 pub(super) struct LoraGradients<'a> {
     wanted: HashMap<&'a str, &'a LoraEntry>,
     found: BTreeMap<String, LoraGradient>,
+    /// Path of the attention behind which nothing is wanted any more.
+    last: Option<String>,
 }
 
 impl<'a> LoraGradients<'a> {
-    /// Of these entries. Fails on two for one projection, whose gradients could not be told apart.
-    pub(super) fn of(entries: &'a [LoraEntry]) -> Result<Self> {
+    /// Of these entries, and nothing else: the backward pass may end at the first attention, of those given in the order of the
+    /// forward pass, that has one. Fails on two for one projection, whose gradients could not be told apart.
+    pub(super) fn alone(entries: &'a [LoraEntry], mut attentions: impl Iterator<Item = &'a str>) -> Result<Self> {
         let mut wanted = HashMap::new();
         for entry in entries {
             if wanted.insert(entry.module.as_str(), entry).is_some() {
                 return Err(Error::Input(format!("LoRA: two entries for `{}`; stack them first", entry.module)));
             }
         }
-        Ok(Self { wanted, found: BTreeMap::new() })
+        let mut gradients = Self { wanted, found: BTreeMap::new(), last: None };
+        gradients.last = attentions.find(|path| gradients.wants(path)).map(str::to_owned);
+        Ok(gradients)
+    }
+
+    /// Whether the backward pass may end at the attention at this path.
+    pub(super) fn end_at(&self, attention: &str) -> bool {
+        self.last.as_deref() == Some(attention)
     }
 
     /// Whether any projection of the attention at this path is among them.
@@ -63,6 +73,11 @@ impl<'a> LoraGradients<'a> {
         };
         self.found.insert(module.to_owned(), sum);
         Ok(())
+    }
+
+    /// Whether nothing at all is wanted.
+    pub(super) fn are_none(&self) -> bool {
+        self.last.is_none()
     }
 
     /// What was found, by module, divided by the factor that the cotangent was multiplied by.

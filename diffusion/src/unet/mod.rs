@@ -3,7 +3,7 @@
 //! [`UNet::forward`] predicts noise. [`UNet::forward_to`] stops at a [`Tap`] and returns its activation with a [`Tape`];
 //! [`UNet::vjp`] turns a cotangent of that activation into the gradient for the latents. The weights are frozen, so the tape
 //! keeps only what the input gradient needs, and nothing is computed for blocks beyond the tap. For training,
-//! [`UNet::vjp_lora`] also gives the gradients of low-rank factors, which need no more of the tape.
+//! [`UNet::vjp_lora`] gives the gradients of low-rank factors instead, which need no more of the tape.
 
 mod attention;
 mod blocks;
@@ -227,26 +227,30 @@ impl UNet {
     /// The gradient of `sum(cotangent * activation)` for the latents, in their shape `[B, in_channels, h, w]` and the
     /// cotangent's dtype.
     pub fn vjp(&self, tape: Tape, cotangent: &Tensor) -> Result<Tensor> {
-        Ok(self.vjp_with(tape, cotangent, LoraGradients::default())?.0)
+        let (gradient, scale) = self.pull_back(tape, cotangent, &mut LoraGradients::default())?;
+        let gradient = gradient.expect("a pass without LoRA goes on to the latents");
+        Ok((gradient.to_dtype(cotangent.dtype())? / scale)?)
     }
 
-    /// The same, and the gradients of the factors of `entries`, which are merged at strength 1, by module. An entry of a
-    /// block that the tape did not pass has none.
+    /// The gradients of `sum(cotangent * activation)` for the factors of `entries`, which are merged at strength 1, by module.
+    /// An entry of a block that the tape did not pass has none. The pass ends at the first layer that has an entry.
     pub fn vjp_lora(
         &self,
         tape: Tape,
         cotangent: &Tensor,
         entries: &[LoraEntry],
-    ) -> Result<(Tensor, BTreeMap<String, LoraGradient>)> {
-        self.vjp_with(tape, cotangent, LoraGradients::of(entries)?)
+    ) -> Result<BTreeMap<String, LoraGradient>> {
+        let mut lora = LoraGradients::alone(entries, self.attentions().map(|attention| attention.path.as_str()))?;
+        if lora.are_none() {
+            return Ok(BTreeMap::new());
+        }
+        let (_, scale) = self.pull_back(tape, cotangent, &mut lora)?;
+        lora.finish(scale)
     }
 
-    fn vjp_with(
-        &self,
-        tape: Tape,
-        cotangent: &Tensor,
-        mut lora: LoraGradients,
-    ) -> Result<(Tensor, BTreeMap<String, LoraGradient>)> {
+    /// A multiple of the gradient for the latents, `None` where the pass ended before, and the factor that it and the factors'
+    /// gradients were multiplied by.
+    fn pull_back(&self, tape: Tape, cotangent: &Tensor, lora: &mut LoraGradients) -> Result<(Option<Tensor>, f64)> {
         if tape.revision != self.revision {
             return Err(Error::Input("the tape was recorded with other weights; evaluate again".into()));
         }
@@ -261,16 +265,18 @@ impl UNet {
         }
         let mut skips = Vec::new();
         for (block, tape) in self.up.iter().zip(tape.up).rev() {
-            d = block.vjp(tape, d, &mut skips, &mut lora)?;
+            let Some(dx) = block.vjp(tape, d, &mut skips, lora)? else { return Ok((None, scale)) };
+            d = dx;
         }
         if let (Some(block), Some(tape)) = (&self.mid, tape.mid) {
-            d = block.vjp(tape, &d, &mut lora)?;
+            let Some(dx) = block.vjp(tape, &d, lora)? else { return Ok((None, scale)) };
+            d = dx;
         }
         for (block, tape) in self.down.iter().zip(tape.down).rev() {
-            d = block.vjp(tape, d, &mut skips, &mut lora)?;
+            let Some(dx) = block.vjp(tape, d, &mut skips, lora)? else { return Ok((None, scale)) };
+            d = dx;
         }
-        let gradient = self.conv_in.vjp(&add_skip(d, &mut skips)?, tape.size)?;
-        Ok(((gradient.to_dtype(cotangent.dtype())? / scale)?, lora.finish(scale)?))
+        Ok((Some(self.conv_in.vjp(&add_skip(d, &mut skips)?, tape.size)?), scale))
     }
 
     /// Runs to the tap, or to the last block.

@@ -1,7 +1,7 @@
 //! The whole U-Net's input gradients by finite differences, on the tiny pipelines of the parity cases in f64.
 
 use super::*;
-use crate::layers::finite_difference::{disagreement, values};
+use crate::layers::finite_difference::{assert_values, disagreement, numbers, values};
 
 /// The U-Net of a family's tiny pipeline in f64.
 pub(super) fn tiny(family: &str) -> UNet {
@@ -110,13 +110,35 @@ fn gradients_of_lora_factors() {
             let vjp = |cotangent: &Tensor| {
                 let tape = merged(&row)?.1;
                 let entries = factors.entries(&row);
-                let (dx, gradients) = unet.borrow().vjp_lora(tape, cotangent, &entries)?;
-                assert_eq!(dx.dims(), latents.dims());
+                let gradients = unet.borrow().vjp_lora(tape, cotangent, &entries)?;
                 assert_eq!(gradients.len() == factors.0.len(), tap.is_none(), "all projections before the noise alone");
                 Ok(factors.row(&gradients))
             };
             let error = disagreement(3, &row, |row| Ok(merged(row)?.0), vjp);
             assert!(error < 1e-8, "{family} LoRA to {tap:?}: the gradient is off by {error:.1e}");
+        }
+    }
+}
+
+/// The backward pass ends at the first layer with an entry: in a cross- or self-attention, on the way up, in the middle or down.
+#[test]
+fn some_factors_gradients_are_what_they_are_among_all() {
+    let mut unet = tiny("sd1");
+    let factors = Factors::of(&unet);
+    let all = factors.entries(&(values(3, factors.len()) * 0.3).unwrap());
+    unet.merge_lora(&all, 1.).unwrap();
+    let text = text(&unet, 2);
+    let run = || unet.forward_recorded(&values(0, (2, unet.config.in_channels, 8, 6)), &[981., 20.5], &text).unwrap();
+    let cotangent = values(1, run().0.shape());
+    let gradients = |entries: &[LoraEntry]| unet.vjp_lora(run().1, &cotangent, entries).unwrap();
+    let expected = gradients(&all);
+    for part in [".attn2.", "up_blocks.3", "mid_block", "down_blocks.1.attentions.1", "attn1.to_v", "nowhere"] {
+        let some: Vec<_> = all.iter().filter(|entry| entry.module.contains(part)).cloned().collect();
+        let found = gradients(&some);
+        assert_eq!(found.len(), some.len());
+        for (module, LoraGradient { down, up }) in found {
+            assert_values(&down, &numbers(&expected[&module].down), 0.);
+            assert_values(&up, &numbers(&expected[&module].up), 0.);
         }
     }
 }

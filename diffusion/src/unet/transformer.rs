@@ -4,7 +4,7 @@ use super::attention::{Attention, AttentionTape, Inputs};
 use super::config::UNetConfig;
 use super::lora_gradients::LoraGradients;
 use super::text::{TextKeys, TextSlot};
-use crate::layers::{GroupNorm, LayerNorm, Linear, geglu, geglu_vjp, to_image, to_tokens};
+use crate::layers::{GroupNorm, LayerNorm, Linear, geglu, geglu_vjp, to_image, to_image_onto, to_tokens};
 use crate::{Result, Scope};
 
 /// Group norm, projection to tokens, transformer blocks, projection back, residual: diffusers' `Transformer2DModel`.
@@ -49,17 +49,19 @@ impl Transformer {
             tokens = y;
             tapes.push(tape);
         }
-        let y = (to_image(&self.proj_out.forward(&tokens)?, x)? + x)?;
+        let y = to_image_onto(x, &self.proj_out.forward(&tokens)?)?;
         Ok((y, TransformerTape { x: x.clone(), blocks: tapes }))
     }
 
-    pub(super) fn vjp(&self, tape: TransformerTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
+    /// `None` where the backward pass ends.
+    pub(super) fn vjp(&self, tape: TransformerTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Option<Tensor>> {
         let mut d = self.proj_out.vjp(&to_tokens(dy)?)?;
         for (block, tape) in self.blocks.iter().zip(tape.blocks).rev() {
-            d = block.vjp(tape, &d, lora)?;
+            let Some(dx) = block.vjp(tape, &d, lora)? else { return Ok(None) };
+            d = dx;
         }
         let d = to_image(&self.proj_in.vjp(&d)?, &tape.x)?;
-        Ok((self.norm.vjp(&tape.x, &d)? + dy)?)
+        self.norm.vjp_onto(dy, &tape.x, &d).map(Some)
     }
 
     pub(super) fn attentions(&self) -> impl Iterator<Item = &Attention> {
@@ -122,16 +124,18 @@ impl TransformerBlock {
         Ok((y, BlockTape { x1, attn1, x2, attn2, x3, hidden, context: text.context().clone() }))
     }
 
-    fn vjp(&self, tape: BlockTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Tensor> {
+    fn vjp(&self, tape: BlockTape, dy: &Tensor, lora: &mut LoraGradients) -> Result<Option<Tensor>> {
         let d = self.ff_in.vjp(&geglu_vjp(&tape.hidden, &self.ff_out.vjp(dy)?)?)?;
-        let d3 = (dy + self.norm3.vjp(&tape.x3, &d)?)?;
+        let d3 = self.norm3.vjp_onto(dy, &tape.x3, &d)?;
         let cross = || Ok(Inputs { x: self.norm2.forward(&tape.x2)?, context: tape.context.clone() });
-        let d2 = (&d3 + self.norm2.vjp(&tape.x2, &self.attn2.vjp_queries(&tape.attn2, &d3, cross, lora)?)?)?;
+        let Some(d) = self.attn2.vjp_queries(&tape.attn2, &d3, cross, lora)? else { return Ok(None) };
+        let d2 = self.norm2.vjp_onto(&d3, &tape.x2, &d)?;
         let own = || {
             let x = self.norm1.forward(&tape.x1)?;
             Ok(Inputs { context: x.clone(), x })
         };
-        Ok((&d2 + self.norm1.vjp(&tape.x1, &self.attn1.vjp_self(&tape.attn1, &d2, own, lora)?)?)?)
+        let Some(d) = self.attn1.vjp_self(&tape.attn1, &d2, own, lora)? else { return Ok(None) };
+        self.norm1.vjp_onto(&d2, &tape.x1, &d).map(Some)
     }
 }
 
@@ -146,7 +150,10 @@ mod tests {
         let unet = tiny("sd1");
         let (text, x) = (text(&unet, 2), values(0, (2, 6, 16)));
         let block = &unet.down[0].layers[0].attention.as_ref().unwrap().blocks[0];
-        let vjp = |dy: &Tensor| block.vjp(block.record(&x, &text)?.1, dy, &mut LoraGradients::default());
+        let vjp = |dy: &Tensor| {
+            let dx = block.vjp(block.record(&x, &text)?.1, dy, &mut LoraGradients::default())?;
+            Ok(dx.expect("the pass goes on"))
+        };
         assert_vjp("transformer block", &x, |x| Ok(block.record(x, &text)?.0), vjp);
     }
 
@@ -157,8 +164,10 @@ mod tests {
             let unet = tiny(family);
             let (text, x) = (text(&unet, 2), values(0, (2, 32, 3, 2)));
             let transformer = unet.mid.as_ref().unwrap().layers[0].attention.as_ref().unwrap();
-            let vjp =
-                |dy: &Tensor| transformer.vjp(transformer.record(&x, &text)?.1, dy, &mut LoraGradients::default());
+            let vjp = |dy: &Tensor| {
+                let dx = transformer.vjp(transformer.record(&x, &text)?.1, dy, &mut LoraGradients::default())?;
+                Ok(dx.expect("the pass goes on"))
+            };
             assert_vjp(&format!("{family} transformer"), &x, |x| Ok(transformer.record(x, &text)?.0), vjp);
         }
     }

@@ -104,7 +104,7 @@ impl CustomOp3 for LayerNorm {
         let trained = weight.track_op() || bias.track_op();
         let (dx, of_parameters) = with_values([x, weight, &dy], |[x, weight, dy]| {
             let of_parameters = || kernels::layer_norm_rows_parameters_vjp(x, dy, weight.len(), self.eps);
-            (kernels::layer_norm_rows_vjp(x, dy, weight, self.eps), trained.then(of_parameters))
+            (kernels::layer_norm_rows_vjp(x, dy, weight, self.eps, None), trained.then(of_parameters))
         })?;
         let (dw, db) = of_parameters.unzip();
         let like = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
@@ -154,8 +154,12 @@ impl CustomOp3 for Attention {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let sizes = self.sizes(q.shape(), k.shape())?;
         let dy = dy.contiguous()?;
-        let found = with_values([q, k, v, &dy], |[q, k, v, dy]| kernels::attend_heads_vjp((q, k, v), dy, sizes, true))?;
-        let (dq, Some((dk, dv))) = found else { unreachable!("the keys' are asked for") };
+        let found = with_values([q, k, v, &dy], |[q, k, v, dy]| {
+            kernels::attend_heads_vjp((q, k, v), dy, sizes, kernels::Wanted::Keys)
+        })?;
+        let kernels::Cotangents { q: dq, kv: Some((dk, dv)), .. } = found else {
+            unreachable!("the keys' are asked for")
+        };
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
         Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
     }

@@ -119,7 +119,7 @@ impl Objective {
         }
         if let Features::Recorded(variable, tape) = features {
             let cotangent = store.remove(&variable).expect("the losses depend on the features");
-            let (_, lora) = discriminator.unet().vjp_lora(*tape, &cotangent, model.lora())?;
+            let lora = discriminator.unet().vjp_lora(*tape, &cotangent, model.lora())?;
             add_gradients(gradients, model.lora_gradients(lora))?;
         }
         Ok(())
@@ -210,7 +210,7 @@ impl Objective {
         losses.insert("denoising", loss);
         *losses.entry("loss").or_default() += self.weights.denoising * loss;
         let cotangent = (&error * (2. * self.weights.denoising / error.elem_count() as f64))?;
-        let (_, lora) = unet.vjp_lora(tape, &cotangent, model.lora())?;
+        let lora = unet.vjp_lora(tape, &cotangent, model.lora())?;
         add_gradients(gradients, model.lora_gradients(lora))
     }
 }

@@ -20,22 +20,45 @@ pub(in crate::layers) fn attend((q, k, v): (&Tensor, &Tensor, &Tensor), heads: u
     tensor(attend_heads((&qs, &ks, &vs), sizes), q.shape()).map(Some)
 }
 
-/// Cotangents of q and, where they are asked for, of k and v.
-pub type Cotangents<T> = (T, Option<(T, T)>);
+/// What is wanted of the backward pass of attention; each has what is before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wanted {
+    /// The cotangents of q.
+    Queries,
+    /// Those of k and v.
+    Keys,
+    /// Attention's result once more: the weights are at hand again, so it costs one product.
+    Attended,
+}
+
+/// What the backward pass of attention gives.
+#[derive(Clone, Debug)]
+pub struct Cotangents<T> {
+    /// Of q.
+    pub q: T,
+    /// Of k and v.
+    pub kv: Option<(T, T)>,
+    /// Attention's result.
+    pub attended: Option<T>,
+}
 
 /// [`attend_heads_vjp`] of tensors, under the same conditions.
 pub(in crate::layers) fn attend_vjp(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     dy: &Tensor,
     heads: usize,
-    with_keys: bool,
+    wanted: Wanted,
 ) -> Result<Option<Cotangents<Tensor>>> {
     let sizes = AttentionSizes::of((q, k, v), heads).filter(|_| dy.dims() == q.dims());
     let (Some(sizes), Some(dys)) = (sizes, Values::of(dy)) else { return Ok(None) };
     let (Some(qs), Some(ks), Some(vs)) = (Values::of(q), Values::of(k), Values::of(v)) else { return Ok(None) };
-    let (dq, dkv) = attend_heads_vjp((&qs, &ks, &vs), &dys, sizes, with_keys);
-    let dkv = dkv.map(|(dk, dv)| Ok::<_, Error>((tensor(dk, k.shape())?, tensor(dv, v.shape())?))).transpose()?;
-    Ok(Some((tensor(dq, q.shape())?, dkv)))
+    let found = attend_heads_vjp((&qs, &ks, &vs), &dys, sizes, wanted);
+    let of_keys = |(dk, dv)| Ok::<_, Error>((tensor(dk, k.shape())?, tensor(dv, v.shape())?));
+    Ok(Some(Cotangents {
+        q: tensor(found.q, q.shape())?,
+        kv: found.kv.map(of_keys).transpose()?,
+        attended: found.attended.map(|y| tensor(y, q.shape())).transpose()?,
+    }))
 }
 
 /// `softmax(q k^T / sqrt(width)) v` of each head, for `[batch, queries, heads * width]` and twice `[batch, keys, heads * width]`:
@@ -55,15 +78,14 @@ pub fn attend_heads((q, k, v): (&[f32], &[f32], &[f32]), sizes: AttentionSizes) 
     unsafe { written(q.len(), attend) }
 }
 
-/// The cotangents of [`attend_heads`]' inputs from its result's: of q and, where they are asked for, of k and v. Scores are
-/// computed again.
+/// The cotangents of [`attend_heads`]' inputs from its result's, as far as they are wanted. Scores are computed again.
 ///
 /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
 pub fn attend_heads_vjp(
     (q, k, v): (&[f32], &[f32], &[f32]),
     dy: &[f32],
     sizes: AttentionSizes,
-    with_keys: bool,
+    wanted: Wanted,
 ) -> Cotangents<Vec<f32>> {
     let inputs = Inputs::new((q, k, v), sizes);
     assert_eq!(dy.len(), q.len(), "cotangents of attention");
@@ -79,15 +101,17 @@ pub fn attend_heads_vjp(
             product_into(dq, sizes.channels(), Before::Replaced, sizes.scale(), ds, keys);
         }
     };
-    if !with_keys {
+    if wanted == Wanted::Queries {
         let each = |dq: &Shared| {
             sizes.blocks().for_each_init(Scratch::default, |scratch, block| vjp_queries(dq, block, scratch));
         };
         // SAFETY: the blocks of all heads are the whole of it.
-        return (unsafe { written(q.len(), each) }, None);
+        return Cotangents { q: unsafe { written(q.len(), each) }, kv: None, attended: None };
     }
     let (mut dk, mut dv) = (vec![0f32; k.len()], vec![0f32; v.len()]);
     let (into_dk, into_dv) = (Shared::of(&mut dk), Shared::of(&mut dv));
+    let mut attended = (wanted == Wanted::Attended).then(|| vec![0f32; q.len()]);
+    let into_attended = attended.as_deref_mut().map(Shared::of);
     // Every query adds to the cotangents of all keys: a head is one task.
     let each = |dq: &Shared| {
         sizes.all_heads().for_each_init(Scratch::default, |scratch, head| {
@@ -102,11 +126,16 @@ pub fn attend_heads_vjp(
                     product_into(into_dk.at(at), sizes.channels(), added, sizes.scale(), ds.t(), queries);
                     product_into(into_dv.at(at), sizes.channels(), added, 1., p.t(), dys);
                 }
+                if let Some(y) = &into_attended {
+                    let values = inputs.keys(inputs.v, block);
+                    // SAFETY: as of dq.
+                    unsafe { product_into(y.at(sizes.at(block)), sizes.channels(), Before::Replaced, 1., p, values) };
+                }
             }
         });
     };
     // SAFETY: the blocks of all heads are the whole of it.
-    (unsafe { written(q.len(), each) }, Some((dk, dv)))
+    Cotangents { q: unsafe { written(q.len(), each) }, kv: Some((dk, dv)), attended }
 }
 
 /// Attention weights and the cotangents of scores, of a block of rows.

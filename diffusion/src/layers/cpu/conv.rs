@@ -13,8 +13,9 @@ const BLOCK: usize = 1 << 17;
 /// Pixels that a task takes, where there are as many.
 const LEAST_PIXELS: usize = 64;
 
-/// A 3x3 convolution, padding 1, stride 1 or 2, with its bias, and a tensor of the result's shape that is to be added:
-/// `[B, in, h, w]` and `[out, in, 3, 3]` to `[B, out, ceil(h / stride), ceil(w / stride)]`. `None` where the tensors are not contiguous f32 in main memory.
+/// A 3x3 convolution, padding 1, stride 1 or 2, with its bias, `[out]` or for each item its own `[B, out]`, and a tensor of the
+/// result's shape that is to be added: `[B, in, h, w]` and `[out, in, 3, 3]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
+/// `None` where the tensors are not contiguous f32 in main memory.
 ///
 /// Each task takes some output rows of one picture: the neighbourhoods of their pixels become a matrix `[9 in, pixels]`, and
 /// the kernel's product with it lies in the output as it is. Nothing is laid out anew for the whole batch.
@@ -27,12 +28,14 @@ pub(in crate::layers) fn conv3x3(
 ) -> Result<Option<Tensor>> {
     let (batch, inputs, height, width) = x.dims4()?;
     let outputs = kernel.dim(0)?;
-    let fits = kernel.dims() == [outputs, inputs, 3, 3] && bias.is_none_or(|bias| bias.dims() == [outputs]);
+    let fits = kernel.dims() == [outputs, inputs, 3, 3]
+        && bias.is_none_or(|bias| bias.dims() == [outputs] || bias.dims() == [batch, outputs]);
     if !fits || x.elem_count() == 0 {
         // The convolution of tensors says what is wrong.
         return Ok(None);
     }
     let (Some(xs), Some(weights)) = (Values::of(x), Values::of(kernel)) else { return Ok(None) };
+    let own_bias = bias.is_some_and(|bias| bias.rank() == 2);
     let biases = match bias.map(Values::of) {
         Some(None) => return Ok(None),
         biases => biases.flatten(),
@@ -53,14 +56,13 @@ pub(in crate::layers) fn conv3x3(
             let (item, first) = (task / blocks, task % blocks * block_rows);
             let count = block_rows.min(rows - first);
             let pixels = count * columns;
-            patches.clear();
             patches.resize(9 * inputs * pixels, 0.);
             let image = &xs[item * inputs * height * width..][..inputs * height * width];
             let geometry = Geometry { height, width, columns, stride };
             neighbourhoods(image, geometry, first..first + count, patches);
             for output in 0..outputs {
                 let start = (item * outputs + output) * plane + first * columns;
-                let bias = biases.map_or(0., |biases| biases[output]);
+                let bias = biases.map_or(0., |biases| biases[usize::from(own_bias) * item * outputs + output]);
                 // SAFETY: tasks write the pixels of their own item and rows, which no other task touches; `y` outlives the loop.
                 let row = unsafe { std::slice::from_raw_parts_mut(y.at(start).cast::<MaybeUninit<f32>>(), pixels) };
                 match residual {
@@ -93,7 +95,7 @@ struct Geometry {
 }
 
 /// Row `9 c + 3 u + v` of the result holds, for each output pixel `(i, j)` of `rows`, the pixel
-/// `(stride i + u - 1, stride j + v - 1)` of channel c; zeros outside stay.
+/// `(stride i + u - 1, stride j + v - 1)` of channel c, and zero outside.
 fn neighbourhoods(image: &[f32], geometry: Geometry, rows: std::ops::Range<usize>, patches: &mut [f32]) {
     let Geometry { height, width, columns, stride } = geometry;
     let pixels = rows.len() * columns;
@@ -101,17 +103,21 @@ fn neighbourhoods(image: &[f32], geometry: Geometry, rows: std::ops::Range<usize
         let (channel, u, v) = (index / 9, index / 3 % 3, index % 3);
         let channel = &image[channel * height * width..][..height * width];
         for (i, line) in rows.clone().zip(patch.chunks_mut(columns)) {
-            let Some(source) = (stride * i + u).checked_sub(1).filter(|row| *row < height) else { continue };
+            let Some(source) = (stride * i + u).checked_sub(1).filter(|row| *row < height) else {
+                line.fill(0.);
+                continue;
+            };
             let source = &channel[source * width..][..width];
             if stride == 1 {
                 // Output column j sees input column j + v - 1.
                 let (from, to) = (usize::from(v == 0), columns - usize::from(v == 2));
+                line[..from].fill(0.);
+                line[to..].fill(0.);
                 line[from..to].copy_from_slice(&source[from + v - 1..to + v - 1]);
             } else {
                 for (j, value) in line.iter_mut().enumerate() {
-                    if let Some(pixel) = (stride * j + v).checked_sub(1).and_then(|column| source.get(column)) {
-                        *value = *pixel;
-                    }
+                    let pixel = (stride * j + v).checked_sub(1).and_then(|column| source.get(column));
+                    *value = pixel.copied().unwrap_or(0.);
                 }
             }
         }

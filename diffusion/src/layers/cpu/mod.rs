@@ -18,7 +18,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 
-pub use attention::{AttentionSizes, Cotangents, attend_heads, attend_heads_vjp};
+pub use attention::{AttentionSizes, Cotangents, Wanted, attend_heads, attend_heads_vjp};
 pub(super) use attention::{attend, attend_vjp};
 pub(super) use conv::conv3x3;
 pub(super) use geglu::{geglu, geglu_vjp};
@@ -119,6 +119,9 @@ mod tests {
                 let residual = values(2, wide.forward(&x).unwrap().shape());
                 let onto = (narrow.forward_onto(&single(&residual), &single(&x)), wide.forward_onto(&residual, &x));
                 same(&what, onto.0, onto.1);
+                let biases = values(3, (2, outputs));
+                let biased = (narrow.forward_biased(&single(&x), &single(&biases)), wide.forward_biased(&x, &biases));
+                same(&what, biased.0, biased.1);
                 if stride == 1 {
                     same(&what, narrow.vjp(&single(&dy), (h, w)), wide.vjp(&dy, (h, w)));
                 }
@@ -138,8 +141,11 @@ mod tests {
             let (x32, dy32) = (single(&x), single(&dy));
             same(&what, narrow.forward(&x32), wide.forward(&x));
             same(&what, narrow.forward_silu(&x32), wide.forward_silu(&x));
-            same(&what, narrow.vjp(&x32, &dy32), wide.vjp(&x, &dy));
             same(&what, narrow.vjp_silu(&x32, &dy32), wide.vjp_silu(&x, &dy));
+            let before = values(2, x.shape());
+            let before32 = single(&before);
+            same(&what, narrow.vjp_onto(&before32, &x32, &dy32), wide.vjp_onto(&before, &x, &dy));
+            same(&what, narrow.vjp_silu_onto(&before32, &x32, &dy32), wide.vjp_silu_onto(&before, &x, &dy));
         }
         for width in [1, 6, 33, 1300] {
             let (wide, narrow) = both(&[("weight", &[width]), ("bias", &[width])]);
@@ -149,7 +155,8 @@ mod tests {
             let (dy, what) = (values(1, x.shape()), format!("layer norm of {width}"));
             same(&what, narrow.forward(&single(&x)), wide.forward(&x));
             if width > 1 {
-                same(&what, narrow.vjp(&single(&x), &single(&dy)), wide.vjp(&x, &dy));
+                let onto = narrow.vjp_onto(&single(&dy), &single(&x), &single(&dy));
+                same(&what, onto, wide.vjp_onto(&dy, &x, &dy));
             }
         }
     }
@@ -200,20 +207,27 @@ mod tests {
         for (queries, keys) in [(5, 7), (40, 64), (3, 1), (300, 500), (70, 5000)] {
             let all = [queries, keys, keys, queries].map(|tokens| values(tokens as u64, (3, tokens, 8)));
             let narrow = all.each_ref().map(single);
-            let attended = |all: &[Tensor; 4], with_keys: bool| {
+            let attended = |all: &[Tensor; 4], wanted: Wanted| {
                 let [q, k, v, dy] = all;
                 let attended = Attended { q, k, v, heads: 2, upcast: false };
-                (attended.attend(), attended.vjp(dy, with_keys).unwrap())
+                (attended.attend().unwrap(), attended.vjp(dy, wanted).unwrap())
             };
-            for with_keys in [false, true] {
-                let ((narrow_y, narrow_vjp), (y, vjp)) = (attended(&narrow, with_keys), attended(&all, with_keys));
-                same("attention", narrow_y, y);
-                same("the queries' gradient", Ok(narrow_vjp.0), Ok(vjp.0));
-                assert_eq!((narrow_vjp.1.is_some(), vjp.1.is_some()), (with_keys, with_keys));
-                if let (Some((narrow_dk, narrow_dv)), Some((dk, dv))) = (narrow_vjp.1, vjp.1) {
+            for wanted in [Wanted::Queries, Wanted::Keys, Wanted::Attended] {
+                let ((narrow_y, narrow_vjp), (y, vjp)) = (attended(&narrow, wanted), attended(&all, wanted));
+                for vjp in [&narrow_vjp, &vjp] {
+                    let has = (vjp.kv.is_some(), vjp.attended.is_some());
+                    assert_eq!(has, (wanted >= Wanted::Keys, wanted >= Wanted::Attended));
+                }
+                same("the queries' gradient", Ok(narrow_vjp.q), Ok(vjp.q));
+                if let (Some((narrow_dk, narrow_dv)), Some((dk, dv))) = (narrow_vjp.kv, vjp.kv) {
                     same("the keys' gradient", Ok(narrow_dk), Ok(dk));
                     same("the values' gradient", Ok(narrow_dv), Ok(dv));
                 }
+                if let (Some(narrow_again), Some(again)) = (narrow_vjp.attended, vjp.attended) {
+                    same("the result again", Ok(narrow_again), Ok(y.clone()));
+                    assert_values(&again, &numbers(&y), 1e-14);
+                }
+                same("attention", Ok(narrow_y), Ok(y));
             }
         }
     }

@@ -65,20 +65,22 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
     tensor(by_pieces(xs.len(), n, rows_at_once(n), group), x.shape()).map(Some)
 }
 
-/// The gradient for `x` of [`group_norm`] at a cotangent `dy`.
+/// The gradient for `x` of [`group_norm`] at a cotangent `dy`, and a tensor of its shape that is to be added.
 pub(in crate::layers) fn group_norm_vjp(
     x: &Tensor,
     dy: &Tensor,
     affine: Affine,
     groups: usize,
     silu: bool,
+    added: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
     let (_, channels, h, w) = x.dims4()?;
+    let Some(added) = to_be_added(added, x) else { return Ok(None) };
     let values = (Values::of(x), Values::of(dy), Values::of(affine.weight), Values::of(affine.bias));
     let (Some(xs), Some(dys), Some(weight), Some(bias)) = values else { return Ok(None) };
     let (of_group, plane) = (channels / groups, h * w);
     let n = of_group * plane;
-    let (xs, dys, weight, bias) = (&*xs, &*dys, &*weight, &*bias);
+    let (xs, dys, weight, bias, added) = (&*xs, &*dys, &*weight, &*bias, added.as_deref());
     let group = |row: usize, dx: &mut [f32]| {
         let (x, dy) = (&xs[row * n..][..n], &dys[row * n..][..n]);
         let (mean, inverse) = statistics(x, affine.eps);
@@ -94,9 +96,17 @@ pub(in crate::layers) fn group_norm_vjp(
             }
             dx.iter_mut().for_each(|d| *d *= weight);
         }
-        normalize_vjp(dx, x, mean, inverse);
+        normalize_vjp(dx, x, mean, inverse, added.map(|added| &added[row * n..][..n]));
     };
     tensor(by_pieces(xs.len(), n, rows_at_once(n), group), x.shape()).map(Some)
+}
+
+/// The values of what is to be added, if anything is; `None` where they are not at hand or not in the shape of `x`.
+fn to_be_added<'a>(added: Option<&'a Tensor>, x: &Tensor) -> Option<Option<Values<'a>>> {
+    match added {
+        None => Some(None),
+        Some(added) => (added.dims() == x.dims()).then(|| Values::of(added))?.map(Some),
+    }
 }
 
 /// `silu(scale x + shift)`.
@@ -127,12 +137,18 @@ pub(in crate::layers) fn layer_norm(x: &Tensor, affine: Affine) -> Result<Option
     tensor(layer_norm_rows(&xs, &weight, &bias, affine.eps), x.shape()).map(Some)
 }
 
-/// The gradient for `x` of [`layer_norm`] at a cotangent `dy`.
-pub(in crate::layers) fn layer_norm_vjp(x: &Tensor, dy: &Tensor, affine: Affine) -> Result<Option<Tensor>> {
+/// The gradient for `x` of [`layer_norm`] at a cotangent `dy`, and a tensor of its shape that is to be added.
+pub(in crate::layers) fn layer_norm_vjp(
+    x: &Tensor,
+    dy: &Tensor,
+    affine: Affine,
+    added: &Tensor,
+) -> Result<Option<Tensor>> {
     let (Some(xs), Some(dys), Some(weight)) = (Values::of(x), Values::of(dy), Values::of(affine.weight)) else {
         return Ok(None);
     };
-    tensor(layer_norm_rows_vjp(&xs, &dys, &weight, affine.eps), x.shape()).map(Some)
+    let Some(added) = to_be_added(Some(added), x) else { return Ok(None) };
+    tensor(layer_norm_rows_vjp(&xs, &dys, &weight, affine.eps, added.as_deref()), x.shape()).map(Some)
 }
 
 /// Layer norm of rows as long as `weight` and `bias`.
@@ -150,14 +166,14 @@ fn layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f64, y: &mut [f3
     }
 }
 
-/// The gradient for `x` of [`layer_norm_rows`] at a cotangent `dy`.
-pub fn layer_norm_rows_vjp(x: &[f32], dy: &[f32], weight: &[f32], eps: f64) -> Vec<f32> {
+/// The gradient for `x` of [`layer_norm_rows`] at a cotangent `dy`, and as many values that are to be added.
+pub fn layer_norm_rows_vjp(x: &[f32], dy: &[f32], weight: &[f32], eps: f64, added: Option<&[f32]>) -> Vec<f32> {
     let n = weight.len();
     let row = |row: usize, dx: &mut [f32]| {
         let (x, dy) = (&x[row * n..][..n], &dy[row * n..][..n]);
         let (mean, inverse) = statistics(x, eps);
         dx.iter_mut().zip(dy).zip(weight).for_each(|((d, dy), weight)| *d = dy * weight);
-        normalize_vjp(dx, x, mean, inverse);
+        normalize_vjp(dx, x, mean, inverse, added.map(|added| &added[row * n..][..n]));
     };
     by_pieces(x.len(), n, rows_at_once(n), row)
 }
@@ -187,9 +203,10 @@ pub fn layer_norm_rows_parameters_vjp(x: &[f32], dy: &[f32], n: usize, eps: f64)
     })
 }
 
-/// In place of the normalised values' cotangent `d`: `(d - mean(d) - normal * mean(d * normal)) / deviation`.
+/// In place of the normalised values' cotangent `d`: `(d - mean(d) - normal * mean(d * normal)) / deviation`, and what is to
+/// be added.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
-fn normalize_vjp(d: &mut [f32], x: &[f32], mean: f32, inverse: f32) {
+fn normalize_vjp(d: &mut [f32], x: &[f32], mean: f32, inverse: f32, added: Option<&[f32]>) {
     let (mut sum, mut along) = (0f64, 0f64);
     for (d, x) in d.chunks(1024).zip(x.chunks(1024)) {
         let (mut lanes, mut lanes_along) = ([0f32; 8], [0f32; 8]);
@@ -208,7 +225,9 @@ fn normalize_vjp(d: &mut [f32], x: &[f32], mean: f32, inverse: f32) {
     let n = d.len() as f64;
     let mean_d = (sum / n) as f32;
     let mean_along = (along * f64::from(inverse) / n) as f32;
-    for (d, x) in d.iter_mut().zip(x) {
-        *d = (*d - mean_d - (x - mean) * inverse * mean_along) * inverse;
+    let dx = |d: f32, x: f32| (d - mean_d - (x - mean) * inverse * mean_along) * inverse;
+    match added {
+        None => d.iter_mut().zip(x).for_each(|(d, x)| *d = dx(*d, *x)),
+        Some(added) => d.iter_mut().zip(x).zip(added).for_each(|((d, x), added)| *d = dx(*d, *x) + added),
     }
 }
