@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use host_api::host::{Host, Instance, Library};
 use host_api::{Model, Prediction, Report, Result, Run, Space, Step, Text, View, ViewMut};
 use serde_json::{Value, json};
 
-use crate::{committed, plugin_library, values};
+use crate::{committed, device, device_name, plugin_library, values};
 
 /// Steps of a [`run`].
 pub const STEPS: usize = 4;
@@ -43,7 +43,8 @@ pub fn with(base: Value, more: Value) -> Value {
 
 /// A configuration that has the host compute the gradient. The strength makes corrections of about a tenth of the latents.
 pub fn host_config(more: Value) -> Value {
-    let base = json!({"adapter": adapter(), "tap": "mid", "heads": 4, "matching_queries": 5, "eta": 20.});
+    let base = json!({"adapter": adapter(), "tap": "mid", "heads": 4, "matching_queries": 5, "eta": 20.,
+        "device": device_name()});
     with(base, more)
 }
 
@@ -108,7 +109,7 @@ impl Texts {
         let prompts: Vec<String> =
             serde_json::from_str(&std::fs::read_to_string(committed("sd1-cases/text.json")).unwrap()).unwrap();
         let tensors: HashMap<String, Tensor> =
-            candle_core::safetensors::load(committed("sd1-cases/text.safetensors"), &Device::Cpu).unwrap();
+            candle_core::safetensors::load(committed("sd1-cases/text.safetensors"), device()).unwrap();
         let flat = |name: &str| {
             let rows = rows.iter().map(|row| tensors[name].get(*row).unwrap()).collect::<Vec<_>>();
             let rows = Tensor::stack(&rows, 0).unwrap().to_dtype(DType::F32).unwrap();

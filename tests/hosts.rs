@@ -3,13 +3,13 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use diffusion::{Tape, TextKeys, UNet};
 use host_api::host::{Gradient, Host};
 use host_api::{Error, Result, Status, Step, View};
 
 use crate::dpt::Texts;
-use crate::tiny_unet;
+use crate::{device, tiny_unet};
 
 /// What a [`Lender`] does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +75,7 @@ impl Lender {
     /// For runs with that text.
     pub fn new(texts: &Texts) -> Self {
         let unet = tiny_unet("sd1", DType::F32);
-        let context = Tensor::from_slice(&texts.context, &texts.shape, &Device::Cpu).unwrap();
+        let context = Tensor::from_slice(&texts.context, &texts.shape, device()).unwrap();
         let text = unet.text(&context).unwrap();
         Self {
             unet,
@@ -138,7 +138,7 @@ impl Gradient for Lender {
         }
         self.cancelled.store(fault == Fault::Cancel, Ordering::SeqCst);
         let tap = self.unet.config().tap(tap).map_err(|e| Error::new(Status::NotFound, e.to_string()))?;
-        let latents = Tensor::from_vec(latents.to_vec(), latents.shape(), &Device::Cpu).unwrap();
+        let latents = Tensor::from_vec(latents.to_vec(), latents.shape(), device()).unwrap();
         let batch = latents.dim(0).unwrap();
         let (features, tape) = self.unet.forward_to(&latents, &vec![step.timestep; batch], &self.text, tap).unwrap();
         *self.tape.lock().unwrap() = Some(tape);
@@ -161,7 +161,7 @@ impl Gradient for Lender {
         let batch = cotangent.shape()[0];
         // A host may scale the whole batch by its largest number.
         assert!(cotangent.to_vec().iter().all(|v| v.is_finite()), "a cotangent that is not finite");
-        let cotangent = Tensor::from_vec(cotangent.to_vec(), cotangent.shape(), &Device::Cpu).unwrap();
+        let cotangent = Tensor::from_vec(cotangent.to_vec(), cotangent.shape(), device()).unwrap();
         let gradient = self.unet.vjp(tape, &cotangent).unwrap();
         let mut gradient = gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         match self.fault() {

@@ -30,22 +30,33 @@ pub fn committed(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("parity").join(path)
 }
 
-/// All tensors of one case file, on the CPU as stored.
-pub fn case(path: &str) -> HashMap<String, Tensor> {
-    let path = parity(path);
-    candle_core::safetensors::load(&path, &Device::Cpu).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+/// Where the tests that compare numbers compute: `TEST_DEVICE` (`cuda`, `cuda:1`, ..) when set, else the CPU.
+pub fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(|| diffusion::device(&device_name()).unwrap())
 }
 
-/// The U-Net of a family's committed tiny pipeline, on the CPU.
+/// The name of [`device`], as configurations take it.
+pub fn device_name() -> String {
+    std::env::var("TEST_DEVICE").unwrap_or_else(|_| "cpu".into())
+}
+
+/// All tensors of one case file as stored, on [`device`].
+pub fn case(path: &str) -> HashMap<String, Tensor> {
+    let path = parity(path);
+    candle_core::safetensors::load(&path, device()).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The U-Net of a family's committed tiny pipeline, on [`device`].
 pub fn tiny_unet(family: &str, dtype: DType) -> UNet {
-    UNet::load(&committed(&format!("{family}-tiny/unet")), dtype, &Device::Cpu).unwrap()
+    UNet::load(&committed(&format!("{family}-tiny/unet")), dtype, device()).unwrap()
 }
 
 /// Fixed f32 values between -1 and 1 that follow no grid; other seeds give others.
 pub fn values(seed: u32, shape: impl Into<Shape>) -> Tensor {
     let shape = shape.into();
     let value = |i: usize| ((i + 1) as f64 * (1.7 + seed as f64)).sin() as f32;
-    Tensor::from_vec((0..shape.elem_count()).map(value).collect(), shape, &Device::Cpu).unwrap()
+    Tensor::from_vec((0..shape.elem_count()).map(value).collect(), shape, device()).unwrap()
 }
 
 /// Every value as the bits of an f32, which f32 and f16 fit in: equal bits, equal tensors.
@@ -57,8 +68,8 @@ pub fn bits(tensor: &Tensor) -> Vec<u32> {
 /// `||a - b|| / ||b||`, computed in f64.
 pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.dims(), b.dims(), "shapes differ");
-    let a = a.to_dtype(DType::F64).unwrap();
-    let b = b.to_dtype(DType::F64).unwrap();
+    let exact = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+    let (a, b) = (exact(a), exact(b));
     let norm = |t: Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
     norm((a - &b).unwrap()) / norm(b)
 }
@@ -69,8 +80,18 @@ pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     assert!(error < tolerance, "{what}: relative error {error:.3e}, tolerance {tolerance:.1e}");
 }
 
+/// Fails when two results of the same computation differ in a bit. On a GPU, rounding may differ: cuBLAS promises the same bits
+/// only where nothing else computes at the time.
+pub fn assert_same(what: &str, a: &Tensor, b: &Tensor) {
+    if device().is_cpu() {
+        assert!(bits(a) == bits(b), "{what}: other bits, relative error {:.3e}", relative_error(a, b));
+    } else {
+        assert_close(what, a, b, 1e-4);
+    }
+}
+
 /// The real plugin library, built from the current sources in the profile of the running test, so that no test loads a stale
-/// one.
+/// one; or the one in the folder `PREBUILT`, for machines that cannot build.
 pub fn plugin_library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
@@ -94,6 +115,9 @@ pub fn weights_program() -> &'static Path {
 fn build() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
+        if let Some(folder) = std::env::var_os("PREBUILT") {
+            return PathBuf::from(folder);
+        }
         // target/<profile>/deps/<test>
         let test = std::env::current_exe().expect("the running test has a path");
         let folder = test.ancestors().nth(2).expect("a test lies in target/<profile>/deps").to_owned();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use diffusion::lora::LoraFile;
 use diffusion::scheduler::Scheduler;
 use diffusion::{LoraEntry, UNet};
@@ -18,7 +18,9 @@ use tests::dpt::{
     unet_config,
 };
 use tests::hosts::{Lender as GradientLender, plain};
-use tests::{FAMILIES, assert_close, committed, plugin_library, relative_error, tiny_unet, values};
+use tests::{
+    FAMILIES, assert_close, committed, device, device_name, plugin_library, relative_error, tiny_unet, values,
+};
 
 const TAPS: [&str; 2] = ["mid", "up1"];
 
@@ -44,6 +46,7 @@ impl Setting {
         let adapter = committed(&format!("{}-cases/release_{}.safetensors", self.family, self.tap));
         let mut config = json!({
             "adapter": adapter, "tap": self.tap, "heads": 4, "matching_queries": 5, "eta": 20., "gradient": source,
+            "device": device_name(),
         });
         if source == "plugin" {
             config["base_model"] = json!(self.model());
@@ -54,7 +57,7 @@ impl Setting {
     fn session(&self, source: &str) -> Session {
         let (library, config) = (plugin_library().to_owned(), self.config(source));
         let plugin = PluginChoice { library, config, split: source == "split" };
-        Session::load(&self.model(), DType::F32, &Device::Cpu, Some(&plugin)).unwrap()
+        Session::load(&self.model(), DType::F32, device(), Some(&plugin)).unwrap()
     }
 }
 
@@ -83,9 +86,13 @@ fn every_source_gives_the_same_run() {
                 for (found, expected) in other.steps.iter().zip(&host.steps) {
                     assert_eq!(found.outcome, expected.outcome, "{what}");
                     for (found, expected) in found.items.iter().zip(&expected.items) {
+                        // A cosine is as exact as 1 is.
+                        assert!(
+                            (found.score.unwrap() - expected.score.unwrap()).abs() < 1e-6,
+                            "{what}: {found:?} {expected:?}"
+                        );
                         let near =
                             |a: Option<f32>, b: Option<f32>| (a.unwrap() - b.unwrap()).abs() < 1e-4 * b.unwrap().abs();
-                        assert!(near(found.score, expected.score), "{what}: {found:?} {expected:?}");
                         assert!(near(found.gradient_norm, expected.gradient_norm), "{what}: {found:?} {expected:?}");
                     }
                 }
@@ -99,7 +106,7 @@ fn every_source_gives_the_same_run() {
 fn parity_of_paper_runs_on_the_hosts_weights_and_in_halves() {
     for setting in Setting::all() {
         let stem = format!("{}-cases/correction_{}.safetensors", setting.family, setting.tap);
-        let tensors = candle_core::safetensors::load(committed(&stem), &Device::Cpu).unwrap();
+        let tensors = candle_core::safetensors::load(committed(&stem), device()).unwrap();
         let prompts = vec!["a red circle left of a blue square".to_owned(); 2];
         let request = Request::new(prompts, Scheduler::Ddim, 6, 5., tensors["start"].clone());
         for source in ["weights", "split"] {
@@ -223,7 +230,7 @@ fn weights_config() -> Value {
 }
 
 fn lora() -> Vec<LoraEntry> {
-    LoraFile::open(&committed("sd1-cases/lora_peft.safetensors"), &Device::Cpu).unwrap().entries
+    LoraFile::open(&committed("sd1-cases/lora_peft.safetensors"), device()).unwrap().entries
 }
 
 fn corrected(instance: &mut Instance, index: usize) -> Vec<f32> {
@@ -328,9 +335,9 @@ fn the_source_is_chosen_by_what_there_is() {
 /// Features of the tiny U-Net and the way back, as a host with an autograd of its own has them.
 fn halves(instance: &mut Instance, texts: &Texts, step: &Step, numbers: &mut [f32]) -> Result<host_api::Report> {
     let unet = tiny_unet("sd1", DType::F32);
-    let context = Tensor::from_slice(&texts.context, &texts.shape, &Device::Cpu).unwrap();
+    let context = Tensor::from_slice(&texts.context, &texts.shape, device()).unwrap();
     let keys = unet.text(&context).unwrap();
-    let z = Tensor::from_slice(numbers, (numbers.len() / 1024, 4, 16, 16), &Device::Cpu).unwrap();
+    let z = Tensor::from_slice(numbers, (numbers.len() / 1024, 4, 16, 16), device()).unwrap();
     let tap = unet.config().tap("mid").unwrap();
     let (features, tape) = unet.forward_to(&z, &vec![step.timestep; z.dim(0).unwrap()], &keys, tap).unwrap();
     let shape = features.dims().to_vec();
@@ -338,7 +345,7 @@ fn halves(instance: &mut Instance, texts: &Texts, step: &Step, numbers: &mut [f3
     let mut cotangent = vec![0f32; features.len()];
     let mut split = instance.split()?.unwrap();
     split.score(step, &View::new(&features, &shape)?, &mut ViewMut::new(&mut cotangent, &shape)?)?;
-    let cotangent = Tensor::from_vec(cotangent, shape, &Device::Cpu).unwrap();
+    let cotangent = Tensor::from_vec(cotangent, shape, device()).unwrap();
     let gradient: Vec<f32> = unet.vjp(tape, &cotangent).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     let before = numbers.to_vec();
     let views = (View::new(&before, z.dims())?, View::new(&gradient, z.dims())?);
@@ -383,8 +390,8 @@ fn one_bad_item_fails_alone_in_either_half() {
     assert!(cotangent[..128].iter().all(|value| *value == 0.));
     assert_close(
         "the other item",
-        &Tensor::new(&cotangent[128..], &Device::Cpu).unwrap(),
-        &Tensor::new(&expected[128..], &Device::Cpu).unwrap(),
+        &Tensor::new(&cotangent[128..], device()).unwrap(),
+        &Tensor::new(&expected[128..], device()).unwrap(),
         1e-5,
     );
     assert!(good.unwrap().items.iter().all(|item| item.score.abs() <= 1.));

@@ -1,8 +1,8 @@
 //! The adapter's queries, heads, score and feature gradient against PyTorch, from both containers of the released layout.
 
-use candle_core::{D, DType, Device, IndexOp};
+use candle_core::{D, DType, IndexOp};
 use dpt_plugin::{Adapter, SizeHints, score, score_and_gradient};
-use tests::{FAMILIES, assert_close, case, parity};
+use tests::{FAMILIES, assert_close, case, device, parity};
 
 const TAPS: [&str; 2] = ["mid", "up1"];
 
@@ -17,7 +17,7 @@ fn parity_adapter_from_both_containers_of_the_released_checkpoint() {
         let timesteps: Vec<f64> = case["timesteps"].to_dtype(DType::F64).unwrap().to_vec1().unwrap();
         for container in ["safetensors", "bin"] {
             let file = parity(&format!("{family}-cases/release_{tap}.{container}"));
-            let adapter = Adapter::open(&file, hints(tap), &Device::Cpu).unwrap();
+            let adapter = Adapter::open(&file, hints(tap), device()).unwrap();
             let close = |what: &str, found: &candle_core::Tensor, tolerance| {
                 assert_close(&format!("{family} {tap} {container} {what}"), found, &case[what], tolerance);
             };
@@ -45,11 +45,11 @@ fn parity_adapter_from_both_containers_of_the_released_checkpoint() {
 #[test]
 fn the_shipped_adapter_describes_itself() {
     let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../weights/shapes/adapter_stage1.safetensors");
-    let adapter = Adapter::open(&file, SizeHints::default(), &Device::Cpu).unwrap();
+    let adapter = Adapter::open(&file, SizeHints::default(), device()).unwrap();
     let sizes = adapter.sizes();
     assert_eq!((sizes.tap.as_str(), sizes.d_model, sizes.heads), ("mid", 128, 8));
     assert_eq!((sizes.matching_queries, sizes.grounding_queries, sizes.classes), (8, 12, 1));
-    let features = candle_core::Tensor::randn(0f32, 1., (1, 128, 8, 8), &Device::Cpu).unwrap();
+    let features = candle_core::Tensor::randn(0f32, 1., (1, 128, 8, 8), device()).unwrap();
     let grounding = adapter.grounding(&adapter.queries(&features, &[500.]).unwrap().i(0).unwrap()).unwrap();
     assert_eq!(grounding.semantic.unwrap().dims(), [1, 12, 128]);
     let range = |t: &candle_core::Tensor| (t.min(D::Minus1).unwrap(), t.max(D::Minus1).unwrap());
@@ -61,7 +61,7 @@ fn the_shipped_adapter_describes_itself() {
 #[test]
 fn missing_sizes_are_named() {
     let file = parity("sd1-cases/release_mid.safetensors");
-    let failure = |hints| Adapter::open(&file, hints, &Device::Cpu).err().expect("must fail").to_string();
+    let failure = |hints| Adapter::open(&file, hints, device()).err().expect("must fail").to_string();
     assert!(failure(SizeHints { tap: None, ..hints("mid") }).contains("`tap`"));
     assert!(failure(SizeHints { heads: None, ..hints("mid") }).contains("`heads`"));
     assert!(failure(SizeHints { matching_queries: None, ..hints("mid") }).contains("`matching_queries`"));

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use diffusion::lora::{LoraFile, LoraLayout, stack};
 use diffusion::{LoraEntry, UNet};
 use tests::dpt::scratch;
-use tests::{FAMILIES, assert_close, bits, case, parity, relative_error, tiny_unet, values};
+use tests::{FAMILIES, assert_close, bits, case, device, parity, relative_error, tiny_unet, values};
 
 fn open(path: &Path) -> diffusion::Result<LoraFile> {
-    LoraFile::open(path, &Device::Cpu)
+    LoraFile::open(path, device())
 }
 
 /// Merges the entries and holds every projection against `merged`, which names those that change.
@@ -40,7 +40,7 @@ fn parity_of_merged_weights_in_both_layouts() {
             assert_eq!(file.layouts, [layout].into());
             assert!(file.not_applied.is_empty() && file.warning().is_none());
             let folder = parity(&format!("{family}-tiny/unet"));
-            let mut unet = UNet::load(&folder, DType::F32, &Device::Cpu).unwrap();
+            let mut unet = UNet::load(&folder, DType::F32, device()).unwrap();
             assert_merged(&format!("{family} {layout}"), &mut unet, &file.entries, &merged);
         }
     }
@@ -51,8 +51,7 @@ fn parity_of_merged_weights_in_both_layouts() {
 fn parity_with_rank_and_alpha_in_the_header() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("parity-more");
     let file = open(&folder.join("lora_peft_header.safetensors")).unwrap();
-    let merged =
-        candle_core::safetensors::load(folder.join("lora_peft_header_merged.safetensors"), &Device::Cpu).unwrap();
+    let merged = candle_core::safetensors::load(folder.join("lora_peft_header_merged.safetensors"), device()).unwrap();
     assert_merged("header", &mut tiny_unet("sd1", DType::F32), &file.entries, &merged);
     let mut scales: Vec<_> = file.entries.iter().map(|entry| entry.scale).collect();
     scales.sort_by(f64::total_cmp);
@@ -65,7 +64,7 @@ fn parity_with_rank_and_alpha_in_the_header() {
 fn the_release_is_read_from_safetensors_and_pickle() {
     let of = |name: &str| {
         let path = parity(&format!("sd1-cases/{name}"));
-        let checkpoint = diffusion::Checkpoint::open(&path, DType::F32, &Device::Cpu).unwrap();
+        let checkpoint = diffusion::Checkpoint::open(&path, DType::F32, device()).unwrap();
         LoraFile::read(&checkpoint).unwrap()
     };
     let (a, b) = (of("release_mid.safetensors"), of("release_mid.bin"));
@@ -78,7 +77,7 @@ fn the_release_is_read_from_safetensors_and_pickle() {
 /// Two files that change some modules both and some alone.
 fn two_files() -> [Vec<LoraEntry>; 2] {
     ["sd1-cases/lora_peft.safetensors", "sd1-cases/release_mid.safetensors"].map(|name| {
-        let checkpoint = diffusion::Checkpoint::open(&parity(name), DType::F32, &Device::Cpu).unwrap();
+        let checkpoint = diffusion::Checkpoint::open(&parity(name), DType::F32, device()).unwrap();
         LoraFile::read(&checkpoint).unwrap().entries
     })
 }

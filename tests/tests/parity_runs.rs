@@ -3,13 +3,15 @@
 
 use std::path::PathBuf;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use diffusion::scheduler::{Scheduler, SchedulerConfig};
 use diffusion::{LoraEntry, Pipeline};
 use host_demo::{Mode, PluginChoice, Request, RunOutcome, Session};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tests::{FAMILIES, assert_close, case, dpt, hosts, parity, plugin_library, relative_error};
+use tests::{
+    FAMILIES, assert_close, assert_same, case, device, device_name, dpt, hosts, parity, plugin_library, relative_error,
+};
 
 const TAPS: [&str; 2] = ["mid", "up1"];
 const WHOLE_RUN: f64 = 1e-3;
@@ -57,6 +59,7 @@ impl Case {
         let adapter = parity(&format!("{}-cases/release_{}.safetensors", self.family, self.setting.tap));
         let mut config = json!({
             "adapter": adapter, "tap": self.setting.tap, "heads": 4, "matching_queries": 5, "eta": self.setting.eta,
+            "device": device_name(),
         });
         config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         config
@@ -68,7 +71,7 @@ impl Case {
 
     fn session_in(&self, dtype: DType, config: Option<Value>) -> Session {
         let plugin = config.map(|config| PluginChoice { library: plugin_library().to_owned(), config, split: false });
-        Session::load(&self.model(), dtype, &Device::Cpu, plugin.as_ref()).unwrap()
+        Session::load(&self.model(), dtype, device(), plugin.as_ref()).unwrap()
     }
 
     /// How far a corrected run is from PyTorch's: what, relative error, tolerance.
@@ -78,7 +81,7 @@ impl Case {
         let share = |latents: &Tensor| (latents - &lora).unwrap();
         let scores = outcome.steps.iter().flat_map(|step| step.items.iter().map(|item| item.score.unwrap()));
         let expected = &self.tensors[&format!("scores.{key}")];
-        let scores = Tensor::from_iter(scores, &Device::Cpu).unwrap().reshape(expected.shape()).unwrap();
+        let scores = Tensor::from_iter(scores, device()).unwrap().reshape(expected.shape()).unwrap();
         [
             ("latents", relative_error(trail, &self.tensors[&format!("latents.{key}")]), WHOLE_RUN),
             ("correction's share", relative_error(&share(&outcome.latents), &share(&self.last(key))), 1e-2),
@@ -155,10 +158,10 @@ fn parity_lora_run_is_bit_identical_with_eta_0_and_leaves_no_trace() {
             let (outcome, trail) = case.run(&mut session);
             assert_close(&format!("{} lora", case.name()), &trail, &case.tensors["latents.lora"], WHOLE_RUN);
             assert_eq!(outcome.lora_entries, before.len(), "every attention projection has an entry");
-            assert_eq!(outcome.latents.to_vec_bits(), lora_alone(&case).to_vec_bits(), "{}", case.name());
+            assert_same(&case.name(), &outcome.latents, &lora_alone(&case));
             assert!(session.attention_weights().unwrap() == before, "the weights are not what they were");
             // The plugin's merge and restore can be repeated.
-            assert_eq!(case.run(&mut session).0.latents.to_vec_bits(), outcome.latents.to_vec_bits());
+            assert_same(&case.name(), &case.run(&mut session).0.latents, &outcome.latents);
         }
     }
 }
@@ -229,13 +232,13 @@ fn first_gradient(case: &Case) -> Tensor {
     };
     let mut values: Vec<f32> = start.flatten_all().unwrap().to_vec1().unwrap();
     plugin.step_in_place(&step, &mut host_api::ViewMut::new(&mut values, start.dims()).unwrap()).unwrap();
-    let corrected = Tensor::from_vec(values, start.shape(), &Device::Cpu).unwrap();
+    let corrected = Tensor::from_vec(values, start.shape(), device()).unwrap();
     ((corrected - start).unwrap() / case.setting.eta).unwrap()
 }
 
 /// The run without hooks, its U-Net changed by the same LoRA, in the order of operations of the host.
 fn lora_alone(case: &Case) -> Tensor {
-    let mut pipeline = Pipeline::load(&case.model(), DType::F32, &Device::Cpu).unwrap();
+    let mut pipeline = Pipeline::load(&case.model(), DType::F32, device()).unwrap();
     pipeline.unet.merge_lora(&released_lora(case), 1.).unwrap();
     let Request { prompts, negative, steps, guidance, noise: start, .. } = case.request();
     let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
@@ -259,7 +262,7 @@ fn lora_alone(case: &Case) -> Tensor {
 
 fn released_lora(case: &Case) -> Vec<LoraEntry> {
     let path = parity(&format!("{}-cases/release_{}.safetensors", case.family, case.setting.tap));
-    let tensors = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let tensors = candle_core::safetensors::load(path, device()).unwrap();
     let entry = |(name, down): (&String, &Tensor)| {
         let stem = name.strip_suffix("_lora.down.weight")?;
         let (attention, projection) = stem.strip_prefix("unet.")?.split_once(".processor.")?;
@@ -268,14 +271,4 @@ fn released_lora(case: &Case) -> Vec<LoraEntry> {
         Some(LoraEntry { module: format!("{attention}.{projection}"), down: down.clone(), up, scale: 1. })
     };
     tensors.iter().filter_map(entry).collect()
-}
-
-trait Bits {
-    fn to_vec_bits(&self) -> Vec<u32>;
-}
-
-impl Bits for Tensor {
-    fn to_vec_bits(&self) -> Vec<u32> {
-        self.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
-    }
 }

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use diffusion::scheduler::{Prediction, Sampler, Scheduler, SchedulerConfig, Space};
 use serde::Deserialize;
 use serde_json::Value;
 use tests::dpt::scratch;
-use tests::{assert_close, case, parity};
+use tests::{assert_close, case, device, parity};
 
 /// The configuration of the cases: that of the tiny pipelines, and each class's own spacing.
 fn config(prediction: Prediction, own_spacing: bool) -> SchedulerConfig {
@@ -32,7 +32,7 @@ fn parity_of_every_sampler() {
     ] {
         let expected = &case[&format!("{name}.latents")];
         let mut sampler = scheduler.plan(&config(prediction, true), 10, 0).unwrap();
-        let found = Tensor::new(timesteps(&*sampler), &Device::Cpu).unwrap();
+        let found = Tensor::new(timesteps(&*sampler), device()).unwrap();
         assert_close(&format!("{name} timesteps"), &found, &case[&format!("{name}.timesteps")], 1e-6);
         let sigma = case[&format!("{name}.init_noise_sigma")].to_scalar::<f32>().unwrap();
         assert!((sampler.init_noise_sigma() / f64::from(sigma) - 1.).abs() < 1e-6);
@@ -84,7 +84,7 @@ struct Case {
 }
 
 fn row(values: [f32; 3]) -> Tensor {
-    Tensor::new(&values, &Device::Cpu).unwrap()
+    Tensor::new(&values, device()).unwrap()
 }
 
 /// Every setting that a configuration file can hold; see `parity-more/make_schedulers.py`.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use half::f16;
 use host_api::host::InstanceLora;
 use host_api::plugin::LoraLayout;
@@ -11,14 +11,14 @@ use host_api::{Status, ViewMut};
 use serde_json::{Value, json};
 use tests::dpt::{Texts, adapter, corrected, create, float_bits, host_config, own_config, running, scratch};
 use tests::hosts::plain;
-use tests::{assert_close, bits, tiny_unet};
+use tests::{assert_close, bits, device, tiny_unet};
 
 fn lora(more: Value) -> InstanceLora {
     create(plain(), &host_config(more)).unwrap().lora().unwrap().unwrap()
 }
 
 fn load(path: &Path) -> HashMap<String, Tensor> {
-    candle_core::safetensors::load(path, &Device::Cpu).unwrap()
+    candle_core::safetensors::load(path, device()).unwrap()
 }
 
 /// The released file's factors by diffusers module: (down, up).
@@ -83,7 +83,7 @@ fn a_merge_adds_the_product() {
         let mut numbers = weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let mut view = ViewMut::new(&mut numbers, weight.dims()).unwrap();
         lora.merge(index as u64, 3., &mut view).unwrap();
-        let merged = Tensor::from_slice(&numbers, weight.shape(), &Device::Cpu).unwrap();
+        let merged = Tensor::from_slice(&numbers, weight.shape(), device()).unwrap();
         assert_close(&entry.module, &merged, &sum, 1e-6);
         assert_ne!(bits(&merged), bits(weight));
 
@@ -117,9 +117,9 @@ fn written_files_hold_the_entries() {
         let entries = lora.entries().unwrap();
         assert_eq!(tensors.len(), 3 * entries.len());
         // What readers make of the file is what the plugin has, alpha included.
-        let read = diffusion::lora::LoraFile::open(&path, &Device::Cpu).unwrap().entries;
+        let read = diffusion::lora::LoraFile::open(&path, device()).unwrap().entries;
         assert!(read.iter().all(|entry| entry.scale == 0.5) && read.len() == entries.len());
-        let header = diffusion::Checkpoint::open(&path, DType::F32, &Device::Cpu).unwrap().metadata().unwrap();
+        let header = diffusion::Checkpoint::open(&path, DType::F32, device()).unwrap().metadata().unwrap();
         assert_eq!(header.contains_key("lora_adapter_metadata"), layout == LoraLayout::Peft);
         for entry in &entries {
             let (stem, down, up) = match layout {
@@ -174,8 +174,7 @@ fn several_files_are_stacked() {
     let of = |more: Value| {
         let entries = lora(more).entries().unwrap();
         let product = |entry: &host_api::plugin::LoraEntry| {
-            let factor =
-                |values: &[f32], rows, columns| Tensor::from_slice(values, (rows, columns), &Device::Cpu).unwrap();
+            let factor = |values: &[f32], rows, columns| Tensor::from_slice(values, (rows, columns), device()).unwrap();
             let down = factor(&entry.down, entry.rank, entry.in_features);
             (factor(&entry.up, entry.out_features, entry.rank).matmul(&down).unwrap() * entry.scale).unwrap()
         };

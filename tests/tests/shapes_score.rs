@@ -1,11 +1,11 @@
 //! What the correction does to the score on the shipped model: `captions.txt` holds 128 captions in the proportions that the
 //! model was trained on (19 single objects, 45 pairs, 38 relations, 26 counts).
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use diffusion::scheduler::Scheduler;
 use host_demo::{PluginChoice, Request, Session, StepRecord, default_model, seeded_noise};
 use serde_json::json;
-use tests::plugin_library;
+use tests::{device, plugin_library};
 
 const CAPTIONS: &str = include_str!("../captions.txt");
 const BATCH: usize = 32;
@@ -17,7 +17,7 @@ fn mean_scores(session: &mut Session, captions: &[&str], steps: usize, eta: f64)
     for (chunk, captions) in captions.chunks(BATCH).enumerate() {
         let shape = [captions.len(), session.latent_channels(), 16, 16];
         let prompts = captions.iter().map(|caption| (*caption).to_owned()).collect();
-        let noise = seeded_noise((chunk * BATCH) as u64, shape, &Device::Cpu).unwrap();
+        let noise = seeded_noise((chunk * BATCH) as u64, shape, device()).unwrap();
         let request = Request::new(prompts, Scheduler::Ddim, steps, 4., noise);
         let outcome = session.run(&request, &mut |_, _| {}).unwrap();
         for (sum, record) in sums.iter_mut().zip(&outcome.steps) {
@@ -31,7 +31,7 @@ fn shipped() -> Session {
     let model = default_model().unwrap();
     let config = json!({"adapter": host_demo::default_adapter().unwrap(), "monitor": true});
     let plugin = PluginChoice { library: plugin_library().to_owned(), config, split: false };
-    Session::load(&model, DType::F32, &Device::Cpu, Some(&plugin)).unwrap()
+    Session::load(&model, DType::F32, device(), Some(&plugin)).unwrap()
 }
 
 /// The first score is computed before anything was corrected; every later one must be higher with the correction.

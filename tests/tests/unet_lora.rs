@@ -1,8 +1,8 @@
 //! Merging low-rank changes into the U-Net's attention projections and taking them out again.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use diffusion::{LoraEntry, TextKeys, UNet};
-use tests::{assert_close, bits, committed, relative_error, tiny_unet, values};
+use tests::{assert_close, bits, committed, device, relative_error, tiny_unet, values};
 
 const EARLY: &str = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
 const MID: &str = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k";
@@ -122,7 +122,7 @@ fn what_does_not_fit_is_named_and_changes_nothing() {
 #[test]
 fn a_partially_loaded_unet_skips_entries_beyond_its_tap() {
     let whole = tiny_unet("sd1", DType::F32);
-    let mut partial = UNet::load_to(&committed("sd1-tiny/unet"), "mid", DType::F32, &Device::Cpu).unwrap();
+    let mut partial = UNet::load_to(&committed("sd1-tiny/unet"), "mid", DType::F32, device()).unwrap();
     assert!(partial.projections().count() < whole.projections().count());
     let weights = all_bits(&partial);
     partial.merge_lora(&[entry(&whole, LATE, 1)], 1.).unwrap();
@@ -157,7 +157,7 @@ fn text_keys_and_tapes_of_other_weights_are_refused() {
     refuses(&unet, &merged);
 
     // Of another U-Net: fewer cross-attentions, or the same number with other weights.
-    let partial = UNet::load_to(&committed("sd1-tiny/unet"), "down0", DType::F32, &Device::Cpu).unwrap();
+    let partial = UNet::load_to(&committed("sd1-tiny/unet"), "down0", DType::F32, device()).unwrap();
     refuses(&unet, &text(&partial));
     refuses(&unet, &text(&tiny_unet("sd2", DType::F32)));
 }

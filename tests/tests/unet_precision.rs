@@ -1,8 +1,8 @@
-//! The U-Net in half precision on the CPU, the same bits for the same inputs, and batch items on their own.
+//! The U-Net in half precision, the same bits for the same inputs, and batch items on their own.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion::{TextKeys, UNet};
-use tests::{FAMILIES, assert_close, bits, tiny_unet, values};
+use tests::{FAMILIES, assert_close, bits, committed, device, tiny_unet, values};
 
 const TIMESTEPS: [f64; 2] = [961., 40.];
 
@@ -16,19 +16,27 @@ fn text(unet: &UNet) -> TextKeys {
 
 #[test]
 fn half_precision_agrees_with_single() {
-    let (single, half) = (tiny_unet("sd2", DType::F32), tiny_unet("sd2", DType::F16));
-    assert_eq!(half.dtype(), DType::F16);
+    agrees_with_single(DType::F16);
+    // candle convolves no bf16 on the CPU.
+    if !device().is_cpu() {
+        agrees_with_single(DType::BF16);
+    }
+}
+
+fn agrees_with_single(dtype: DType) {
+    let (single, half) = (tiny_unet("sd2", DType::F32), tiny_unet("sd2", dtype));
+    assert_eq!(half.dtype(), dtype);
     let (single_text, half_text) = (text(&single), text(&half));
     for tap in single.config().taps() {
         let (expected, tape) = single.forward_to(&latents(), &TIMESTEPS, &single_text, tap).unwrap();
         let cotangent = values(3, expected.shape());
         let gradient = single.vjp(tape, &cotangent).unwrap();
         let (found, tape) = half.forward_to(&latents(), &TIMESTEPS, &half_text, tap).unwrap();
-        assert_eq!(found.dtype(), DType::F16);
-        assert_close(&format!("{tap}"), &found, &expected, 2e-2);
+        assert_eq!(found.dtype(), dtype);
+        assert_close(&format!("{tap} {dtype:?}"), &found, &expected, 2e-2);
         let found = half.vjp(tape, &cotangent).unwrap();
         assert_eq!(found.dtype(), DType::F32, "the cotangent's, so that no small gradient is lost in f16");
-        assert_close(&format!("{tap} gradient"), &found, &gradient, 2e-2);
+        assert_close(&format!("{tap} {dtype:?} gradient"), &found, &gradient, 2e-2);
     }
     let expected = single.forward(&latents(), &TIMESTEPS, &single_text).unwrap();
     assert_close("noise", &half.forward(&latents(), &TIMESTEPS, &half_text).unwrap(), &expected, 2e-2);
@@ -57,7 +65,7 @@ fn half_precision_gradients_of_any_magnitude() {
 /// candle has no bf16 convolution on the CPU: that must be said, not panicked about.
 #[test]
 fn bfloat16_on_the_cpu_is_an_error() {
-    let unet = tiny_unet("sd2", DType::BF16);
+    let unet = UNet::load(&committed("sd2-tiny/unet"), DType::BF16, &Device::Cpu).unwrap();
     let message = unet.forward(&latents(), &TIMESTEPS, &text(&unet)).unwrap_err().to_string();
     assert!(message.to_lowercase().contains("bf16"), "{message}");
 }

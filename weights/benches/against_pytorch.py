@@ -2,11 +2,12 @@
 
     cargo build --release
     pip install torch diffusers
-    python weights/benches/against_pytorch.py [--steps 6] [--rounds 3] [--json FILE]
+    python weights/benches/against_pytorch.py [--steps 6] [--rounds 3] [--device cpu] [--json FILE]
 
 Both sides run in turn, `rounds` times, in f32 on the threads that the machine has: frozen or LoRA-tuned U-Net, the adapter
 of `weights probe` (width 128), triplets, grounding, gradient clipping, AdamW. The medians of all rounds' steps count, without
 the first step of each. Timed is the step on given latents and embeddings, without their encoding.
+f32 means f32: PyTorch's TF32 convolutions are turned off.
 """
 import argparse, copy, json, pathlib, statistics, subprocess, sys, tempfile, time
 
@@ -19,8 +20,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/parity"))
 from dpt_reference import Adapter       # noqa: E402
 
-PROGRAM, MODEL = ROOT / "target/release/weights", ROOT / "weights/shapes"
+MODEL = ROOT / "weights/shapes"
 RANK, TAU = 4, 0.07
+
+
+def synchronize():
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Stop(Exception):
@@ -76,6 +82,7 @@ class Step:
         b = self.batch
         z, noise, t = torch.randn(b, 4, 16, 16), torch.randn(b, 4, 16, 16), torch.randint(0, 1000, (b,))
         text, pooled, boxes = torch.randn(6 * b, 16, 128), torch.randn(6 * b, 128), torch.rand(b, 4) * 0.4 + 0.1
+        synchronize()
         started = time.perf_counter()
         rows, times = z.repeat(6, 1, 1, 1), t.repeat(6)
         with torch.set_grad_enabled(self.stage == "tune"):
@@ -93,6 +100,7 @@ class Step:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
+        synchronize()
         return time.perf_counter() - started
 
     def grounding(self, queries, truth, expression):
@@ -120,13 +128,17 @@ def generalized_iou(a, b):
     return inter / union - (hull - union) / hull
 
 
-def ours(stage, batch, steps, folder, adapter):
+def ours(a, stage, batch, steps, folder, adapter):
     out = pathlib.Path(tempfile.mkdtemp(dir=folder))
     more = ["--adapter", adapter] if stage == "tune" else []
-    subprocess.run([PROGRAM, stage, "--out", out, "--steps", str(steps + 1), "--batch", str(batch), "--cache", folder / "latents",
-                    "--examples", str(batch), *more], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([a.program, stage, "--device", a.device, "--out", out, "--steps", str(steps + 1), "--batch", str(batch),
+                    "--cache", folder / "latents", "--examples", str(batch), *more], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["seconds"] - row["data_seconds"] for row in rows[1:]], out
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 def main():
@@ -134,18 +146,22 @@ def main():
     ap.add_argument("--steps", type=int, default=6)
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--batch", type=int, nargs=2, default=(48, 16), metavar=("PROBE", "TUNE"))
+    ap.add_argument("--device", default="cpu", help="cpu or cuda, for both sides")
+    ap.add_argument("--program", type=pathlib.Path, default=ROOT / "target/release/weights")
     ap.add_argument("--json", type=pathlib.Path)
     a = ap.parse_args()
+    torch.set_default_device(a.device)
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().train(False)
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().to(a.device).train(False)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        _, probed = ours("probe", 4, 1, folder, None)
+        _, probed = ours(a, "probe", 4, 1, folder, None)
         for stage, batch in zip(("probe", "tune"), a.batch):
             times = dict(ours=[], pytorch=[])
             for _ in range(a.rounds):
-                times["ours"] += ours(stage, batch, a.steps, folder, probed / "adapter.safetensors")[0]
+                times["ours"] += ours(a, stage, batch, a.steps, folder, probed / "adapter.safetensors")[0]
                 step = Step(unet, stage, batch)
                 times["pytorch"] += [step() for _ in range(a.steps + 1)][1:]
             rates = {side: batch / statistics.median(values) for side, values in times.items()}
@@ -155,7 +171,7 @@ def main():
         rates = r["examples_per_second"]
         print(f"| {stage}, {r['batch']} | {rates['ours']:.1f} | {rates['pytorch']:.1f} | {r['ratio']:.2f} |")
     if a.json:
-        a.json.write_text(json.dumps(dict(torch=torch.__version__, threads=torch.get_num_threads(), results=results), indent=2))
+        a.json.write_text(json.dumps(dict(torch=torch.__version__, device=device_name(a.device), threads=torch.get_num_threads(), results=results), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""What a corrected step costs, ours beside PyTorch's, on a U-Net of Stable Diffusion 2.1's geometry with random weights.
+
+    cargo build --release --examples
+    pip install torch diffusers matplotlib
+    python dpt-plugin/benches/against_pytorch.py [--device cuda --dtype f16] [--json FILE]
+
+Guided prediction, the U-Net up to a tap, and the correction (Eq. 9: up to the tap, adapter, gradient down to the latents) in
+turn on both sides, each in a process of its own, on the threads that the machine has; medians. `--quick` takes a U-Net a
+hundredth of the size: it tells that the benchmark still runs, and nothing else.
+"""
+import argparse, json, os, pathlib, statistics, subprocess, sys, tempfile
+
+import torch
+from diffusers import UNet2DConditionModel
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DTYPES = dict(f32=torch.float32, f16=torch.float16, bf16=torch.bfloat16)
+SD21 = dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20),
+            cross_attention_dim=1024, use_linear_projection=True)
+QUICK = dict(SD21, block_out_channels=(32, 64, 128, 128), attention_head_dim=(1, 2, 4, 4), cross_attention_dim=64)
+
+
+class Side:
+    """A process that answers each line with seconds."""
+
+    def __init__(self, command, threads):
+        count = {name: str(threads) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env={**os.environ, **count})
+
+    def time(self, line):
+        print(line, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args[0]} ended at `{line}`")
+        return float(answer)
+
+    def peak_gb(self):
+        """Of main memory."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1e6
+
+    def device_gb(self):
+        """Of the GPU's memory, as it is held now: both sides keep what they once took."""
+        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        rows = [row.split(", ") for row in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
+        return next((int(memory) / 1e3 for pid, memory in rows if int(pid) == self.process.pid), None)
+
+
+def measure(a, sides):
+    pieces = ["guided", *(f"{what} {tap}" for tap in a.taps for what in ("features", "correct"))]
+    table = []
+    for size in a.sizes:
+        for batch in a.batches:
+            times = {piece: {name: [] for name in sides} for piece in pieces}
+            for round in range(a.rounds + 1):       # the first warms up
+                for piece in pieces:
+                    for name, side in sides.items():
+                        seconds = side.time(f"{piece} {size} {batch}")
+                        if round > 0:
+                            times[piece][name].append(seconds)
+                print(f"{size}x{size}, batch {batch}: round {round} of {a.rounds}", file=sys.stderr)
+            medians = {piece: {name: statistics.median(values) for name, values in by.items()} for piece, by in times.items()}
+            for piece, by in medians.items():
+                table.append(dict(size=size, batch=batch, piece=piece, seconds=by, ratio=by["ours"] / by["pytorch"],
+                                  of_guided=by["ours"] / medians["guided"]["ours"],
+                                  pytorch_of_guided=by["pytorch"] / medians["guided"]["pytorch"], all_seconds=times[piece]))
+    return table
+
+
+def markdown(record):
+    lines = ["| latents | piece | ours, ms | PyTorch, ms | ours / PyTorch | of our guided | of PyTorch's |", "|---|---|---|---|---|---|---|"]
+    for row in record["table"]:
+        ours, theirs = (1000 * row["seconds"][name] for name in ("ours", "pytorch"))
+        lines.append(f"| {row['batch']} of {row['size']}x{row['size']} | {row['piece']} | {ours:.1f} | {theirs:.1f} "
+                     f"| {row['ratio']:.2f} | {row['of_guided']:.2f} | {row['pytorch_of_guided']:.2f} |")
+    memory = record["memory_gb"]
+    lines += ["", "Memory in GB, ours and PyTorch's: " + "; ".join(
+        f"{kind} {values['ours']:.2f} and {values['pytorch']:.2f}" for kind, values in memory.items() if all(values.values()))]
+    return "\n".join(lines)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--device", default="cpu")
+    ap.add_argument("--dtype", choices=DTYPES, default="f32")
+    ap.add_argument("--sizes", type=int, nargs="+", default=[64, 32], help="of the latents")
+    ap.add_argument("--batches", type=int, nargs="+", default=[1])
+    ap.add_argument("--taps", nargs="+", default=["mid", "up1"])
+    ap.add_argument("--rounds", type=int, default=5)
+    ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    ap.add_argument("--stopwatch", type=pathlib.Path, default=ROOT / "target/release/examples/stopwatch")
+    ap.add_argument("--quick", action="store_true")
+    ap.add_argument("--json", type=pathlib.Path)
+    a = ap.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        UNet2DConditionModel(**(QUICK if a.quick else SD21)).to(DTYPES[a.dtype]).save_pretrained(folder)
+        arguments = [folder, a.device, a.dtype]
+        sides = dict(ours=Side([a.stopwatch, *arguments], a.threads),
+                     pytorch=Side([sys.executable, pathlib.Path(__file__).with_name("pytorch_stopwatch.py"), *arguments], a.threads))
+        table = measure(a, sides)
+        memory = {kind: {name: read(side) for name, side in sides.items()}
+                  for kind, read in (("main", Side.peak_gb), ("device", Side.device_gb)) if kind == "main" or a.device != "cpu"}
+        for side in sides.values():
+            side.process.stdin.close()
+            side.process.wait()
+    device = a.device if a.device == "cpu" else torch.cuda.get_device_name()
+    record = dict(torch=torch.__version__, device=device, dtype=a.dtype, threads=a.threads, memory_gb=memory, table=table)
+    print(markdown(record))
+    if a.json:
+        a.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

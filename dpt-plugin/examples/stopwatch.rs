@@ -1,0 +1,149 @@
+//! Times what a corrected step is made of, one piece at a time as its input asks: `benches/against_pytorch.py` has it take turns
+//! with PyTorch.
+//!
+//! `stopwatch UNET_FOLDER DEVICE DTYPE` reads lines `WHAT SIZE BATCH` and answers each with seconds. WHAT is `guided` (the
+//! noise of two times BATCH latents of SIZE x SIZE), `features TAP` (the U-Net up to a tap), or `correct TAP` (that, the adapter's
+//! score, its gradient down to the latents, and Eq. 9). The adapter is untrained and of the released sizes.
+
+use std::collections::HashMap;
+use std::io::{BufRead, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use diffusion::{Checkpoint, UNet};
+use dpt_plugin::{Adapter, AdapterSizes, correction, score_and_gradient};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+const TIMESTEP: f64 = 500.;
+const TOKENS: usize = 77;
+
+/// Numbers of no pattern, the same in every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn unit(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1 << 24) as f32
+    }
+
+    /// Of mean 0 and deviation 1.
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.unit()).sum::<f32>() - 6.
+    }
+
+    fn tensor(&mut self, shape: &[usize], device: &Device) -> Result<Tensor> {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| self.normal()).collect();
+        Ok(Tensor::from_vec(values, shape, device)?)
+    }
+}
+
+struct Stopwatch {
+    unet: UNet,
+    adapters: HashMap<String, Adapter>,
+    numbers: Numbers,
+}
+
+impl Stopwatch {
+    fn open(folder: &str, device: &str, dtype: &str) -> Result<Self> {
+        let unet = UNet::load(Path::new(folder), diffusion::dtype(dtype)?, &diffusion::device(device)?)?;
+        Ok(Self { unet, adapters: HashMap::new(), numbers: Numbers(1) })
+    }
+
+    fn adapter(&mut self, tap: &str) -> Result<&Adapter> {
+        if !self.adapters.contains_key(tap) {
+            let config = self.unet.config();
+            let sizes = AdapterSizes {
+                tap: tap.into(),
+                channels: config.tap_channels(config.tap(tap)?),
+                d_model: 256,
+                heads: 8,
+                feedforward: 2048,
+                encoder_layers: 1,
+                decoder_layers: 1,
+                matching_queries: 10,
+                grounding_queries: 100,
+                clip_dim: config.cross_attention_dim,
+                classes: 256,
+            };
+            let device = self.unet.device().clone();
+            let numbers = &mut self.numbers;
+            let tensors = sizes.initial(
+                &mut |kind| match kind {
+                    dpt_plugin::Draw::Uniform => numbers.unit(),
+                    dpt_plugin::Draw::Normal => numbers.normal(),
+                },
+                &device,
+            )?;
+            let file = Checkpoint::from_tensors(Path::new("untrained"), tensors, DType::F32, &device);
+            self.adapters.insert(tap.into(), Adapter::load(&file.root(), sizes)?);
+        }
+        Ok(&self.adapters[tap])
+    }
+
+    /// Seconds of one piece, from latents in main memory to numbers there.
+    fn time(&mut self, line: &str) -> Result<f64> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (what, tap, size, batch) = match words[..] {
+            ["guided", size, batch] => ("guided", None, size, batch),
+            [what @ ("features" | "correct"), tap, size, batch] => (what, Some(tap), size, batch),
+            _ => {
+                return Err(
+                    format!("`{line}`: expected `guided SIZE BATCH` or `features|correct TAP SIZE BATCH`").into()
+                );
+            }
+        };
+        let (size, batch): (usize, usize) = (size.parse()?, batch.parse()?);
+        let rows = if what == "guided" { 2 * batch } else { batch };
+        if let Some(tap) = tap {
+            self.adapter(tap)?;
+        }
+        let config = self.unet.config();
+        let (channels, width) = (config.in_channels, config.cross_attention_dim);
+        let cpu = Device::Cpu;
+        let latents = self.numbers.tensor(&[rows, channels, size, size], &cpu)?;
+        let context = self.numbers.tensor(&[rows, TOKENS, width], self.unet.device())?;
+        let pooled = self.numbers.tensor(&[rows, width], self.unet.device())?;
+        let times = vec![TIMESTEP; rows];
+        let text = self.unet.text(&context)?;
+        let device = self.unet.device().clone();
+        device.synchronize()?;
+
+        let started = Instant::now();
+        let z = latents.to_device(&device)?;
+        let Some(tap) = tap else {
+            numbers(&self.unet.forward(&z, &times, &text)?)?;
+            return Ok(started.elapsed().as_secs_f64());
+        };
+        let block = self.unet.config().tap(tap)?;
+        if what == "features" {
+            self.unet.features(&z, &times, &text, block)?;
+            device.synchronize()?;
+            return Ok(started.elapsed().as_secs_f64());
+        }
+        let (features, tape) = self.unet.forward_to(&z, &times, &text, block)?;
+        let features = features.to_dtype(DType::F32)?;
+        let (_, cotangent) = score_and_gradient(&self.adapters[tap], &features, &times, &pooled)?;
+        let gradient = numbers(&self.unet.vjp(tape, &cotangent)?)?;
+        correction(&numbers(&latents)?, &gradient, 0.5, None);
+        Ok(started.elapsed().as_secs_f64())
+    }
+}
+
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [folder, device, dtype] = &arguments[..] else {
+        return Err("usage: stopwatch UNET_FOLDER DEVICE DTYPE".into());
+    };
+    let mut stopwatch = Stopwatch::open(folder, device, dtype)?;
+    for line in std::io::stdin().lock().lines() {
+        println!("{}", stopwatch.time(&line?)?);
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
