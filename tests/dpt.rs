@@ -16,7 +16,10 @@ pub const STEPS: usize = 4;
 
 /// A folder for one test, empty.
 pub fn scratch(name: &str) -> PathBuf {
-    let folder = plugin_library().ancestors().nth(2).unwrap().join("tmp").join(name);
+    let folder = match std::env::var_os("PREBUILT") {
+        Some(_) => std::env::temp_dir().join(format!("{name}-{}", std::process::id())),
+        None => plugin_library().ancestors().nth(2).unwrap().join("tmp").join(name),
+    };
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).unwrap();
     folder

@@ -80,13 +80,14 @@ pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     assert!(error < tolerance, "{what}: relative error {error:.3e}, tolerance {tolerance:.1e}");
 }
 
-/// Fails when two results of the same computation differ in a bit. On a GPU, rounding may differ: cuBLAS promises the same bits
-/// only where nothing else computes at the time.
+/// Fails when two results of the same computation differ in a bit. On a GPU, rounding may differ from run to run: cuBLAS promises
+/// the same bits only where nothing else computes at the time, and some of candle's gradients are sums in no fixed order.
 pub fn assert_same(what: &str, a: &Tensor, b: &Tensor) {
     if device().is_cpu() {
+        assert_eq!(a.dims(), b.dims(), "{what}");
         assert!(bits(a) == bits(b), "{what}: other bits, relative error {:.3e}", relative_error(a, b));
     } else {
-        assert_close(what, a, b, 1e-4);
+        assert_close(what, a, b, 1e-3);
     }
 }
 

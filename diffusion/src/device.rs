@@ -4,16 +4,63 @@ use candle_core::{DType, Device};
 
 use crate::{Error, Result};
 
-/// `cpu`, `cuda` or `cuda:N`. CUDA needs a build with the `cuda` feature.
+/// `cpu`, `cuda` or `cuda:N`. CUDA needs a build with the `cuda` feature; each GPU is one device in a program or library that
+/// links this crate, so tensors from wherever they come can be computed with each other.
 pub fn device(name: &str) -> Result<Device> {
     match name.split_once(':').map_or((name, Ok(0)), |(kind, ordinal)| (kind, ordinal.parse())) {
         ("cpu", _) if name == "cpu" => Ok(Device::Cpu),
         ("cuda", Ok(_)) if !cfg!(feature = "cuda") => {
             Err(Error::Unsupported(format!("device `{name}`: this build has no CUDA; build with `--features cuda`")))
         }
-        ("cuda", Ok(ordinal)) => Ok(Device::new_cuda(ordinal)?),
+        ("cuda", Ok(ordinal)) => cuda_device(ordinal),
         _ => Err(Error::Input(format!("device `{name}`: expected `cpu`, `cuda` or `cuda:N`"))),
     }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_device(_: usize) -> Result<Device> {
+    unreachable!("refused before")
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_device(ordinal: usize) -> Result<Device> {
+    use std::collections::HashMap;
+    use std::sync::{LazyLock, Mutex, PoisonError};
+
+    static OPEN: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Mutex::default);
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = open.get(&ordinal) {
+        return Ok(device.clone());
+    }
+    let device = open_cuda(ordinal)?;
+    open.insert(ordinal, device.clone());
+    Ok(device)
+}
+
+/// With a stream of its own, which all work goes to in its order, whatever thread asks for it; candle's default is a stream for
+/// each thread, and a tensor made on one would be read on another too early.
+#[cfg(feature = "cuda")]
+fn open_cuda(ordinal: usize) -> Result<Device> {
+    use candle_core::cuda::CudaDevice;
+    use candle_core::cuda::cudarc::driver::{result, sys};
+
+    let cuda = CudaDevice::new_with_stream(ordinal)?;
+    // SAFETY: events order several streams; here all work is on one.
+    unsafe { cuda.disable_event_tracking() };
+    let keep = || -> std::result::Result<(), result::DriverError> {
+        let mut all = u64::MAX;
+        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the device exists, its default pool too, and the attribute is a u64.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(result::device::get(ordinal as i32)?)?;
+            result::mem_pool::set_attribute(pool, threshold, (&raw mut all).cast())
+        }
+    };
+    // Else freed memory would go back to the driver whenever the device is waited for, and be taken again at the next step.
+    if cuda.cuda_stream().context().has_async_alloc() {
+        keep().map_err(|error| Error::Unsupported(format!("cuda:{ordinal}: its memory pool: {error}")))?;
+    }
+    Ok(Device::Cuda(cuda))
 }
 
 /// `f32`, `f16` or `bf16`.

@@ -1,7 +1,7 @@
 """What a corrected step costs, ours beside PyTorch's, on a U-Net of Stable Diffusion 2.1's geometry with random weights.
 
     cargo build --release --examples
-    pip install torch diffusers matplotlib
+    pip install torch diffusers
     python dpt-plugin/benches/against_pytorch.py [--device cuda --dtype f16] [--json FILE]
 
 Guided prediction, the U-Net up to a tap, and the correction (Eq. 9: up to the tap, adapter, gradient down to the latents) in
@@ -41,10 +41,14 @@ class Side:
         return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
     def device_gb(self):
-        """Of the GPU's memory, as it is held now: both sides keep what they once took."""
+        """Of the GPU's memory, as it is held now: both sides keep what they once took. None where nobody tells."""
         query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-        rows = [row.split(", ") for row in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
-        return next((int(memory) / 1e3 for pid, memory in rows if int(pid) == self.process.pid), None)
+        try:
+            rows = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+            memory = dict(row.split(", ") for row in rows)
+            return int(memory[str(self.process.pid)]) / 1e3
+        except (OSError, KeyError, ValueError):
+            return None
 
 
 def measure(a, sides):
@@ -53,30 +57,31 @@ def measure(a, sides):
     for size in a.sizes:
         for batch in a.batches:
             times = {piece: {name: [] for name in sides} for piece in pieces}
-            for round in range(a.rounds + 1):       # the first warms up
+            for turn in range(a.rounds + 1):        # the first warms up
                 for piece in pieces:
                     for name, side in sides.items():
                         seconds = side.time(f"{piece} {size} {batch}")
-                        if round > 0:
+                        if turn > 0:
                             times[piece][name].append(seconds)
-                print(f"{size}x{size}, batch {batch}: round {round} of {a.rounds}", file=sys.stderr)
+                print(f"{size}x{size}, batch {batch}: round {turn} of {a.rounds}", file=sys.stderr)
             medians = {piece: {name: statistics.median(values) for name, values in by.items()} for piece, by in times.items()}
             for piece, by in medians.items():
-                table.append(dict(size=size, batch=batch, piece=piece, seconds=by, ratio=by["ours"] / by["pytorch"],
-                                  of_guided=by["ours"] / medians["guided"]["ours"],
-                                  pytorch_of_guided=by["pytorch"] / medians["guided"]["pytorch"], all_seconds=times[piece]))
+                table.append(dict(size=size, batch=batch, piece=piece, seconds=by, all_seconds=times[piece],
+                                  of_pytorch={name: seconds / by["PyTorch"] for name, seconds in by.items()},
+                                  of_guided={name: seconds / medians["guided"][name] for name, seconds in by.items()}))
     return table
 
 
 def markdown(record):
-    lines = ["| latents | piece | ours, ms | PyTorch, ms | ours / PyTorch | of our guided | of PyTorch's |", "|---|---|---|---|---|---|---|"]
+    names = list(record["table"][0]["seconds"])
+    lines = ["| latents | piece | side | ms | of PyTorch's | of the guided |", "|---|---|---|---|---|---|"]
     for row in record["table"]:
-        ours, theirs = (1000 * row["seconds"][name] for name in ("ours", "pytorch"))
-        lines.append(f"| {row['batch']} of {row['size']}x{row['size']} | {row['piece']} | {ours:.1f} | {theirs:.1f} "
-                     f"| {row['ratio']:.2f} | {row['of_guided']:.2f} | {row['pytorch_of_guided']:.2f} |")
-    memory = record["memory_gb"]
-    lines += ["", "Memory in GB, ours and PyTorch's: " + "; ".join(
-        f"{kind} {values['ours']:.2f} and {values['pytorch']:.2f}" for kind, values in memory.items() if all(values.values()))]
+        for name in names:
+            lines.append(f"| {row['batch']} of {row['size']}x{row['size']} | {row['piece']} | {name} | {1000 * row['seconds'][name]:.1f} "
+                         f"| {row['of_pytorch'][name]:.2f} | {row['of_guided'][name]:.2f} |")
+    for kind, values in record["memory_gb"].items():
+        known = [f"{name} {value:.2f}" for name, value in values.items() if value is not None]
+        lines += ["", f"GB of {kind} memory: {', '.join(known) or 'not known'}"]
     return "\n".join(lines)
 
 
@@ -89,7 +94,8 @@ def main():
     ap.add_argument("--taps", nargs="+", default=["mid", "up1"])
     ap.add_argument("--rounds", type=int, default=5)
     ap.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    ap.add_argument("--stopwatch", type=pathlib.Path, default=ROOT / "target/release/examples/stopwatch")
+    ap.add_argument("--stopwatch", type=pathlib.Path, nargs="+", default=[ROOT / "target/release/examples/stopwatch"],
+                    help="our side, or several builds of it")
     ap.add_argument("--quick", action="store_true")
     ap.add_argument("--json", type=pathlib.Path)
     a = ap.parse_args()
@@ -97,15 +103,18 @@ def main():
         torch.manual_seed(0)
         UNet2DConditionModel(**(QUICK if a.quick else SD21)).to(DTYPES[a.dtype]).save_pretrained(folder)
         arguments = [folder, a.device, a.dtype]
-        sides = dict(ours=Side([a.stopwatch, *arguments], a.threads),
-                     pytorch=Side([sys.executable, pathlib.Path(__file__).with_name("pytorch_stopwatch.py"), *arguments], a.threads))
+        theirs = pathlib.Path(__file__).with_name("pytorch_stopwatch.py")
+        one = len(a.stopwatch) == 1
+        commands = {program.name if one else str(program): [program, *arguments] for program in a.stopwatch}
+        commands["PyTorch"] = [sys.executable, theirs, *arguments]
+        sides = {name: Side(command, a.threads) for name, command in commands.items()}
         table = measure(a, sides)
         memory = {kind: {name: read(side) for name, side in sides.items()}
                   for kind, read in (("main", Side.peak_gb), ("device", Side.device_gb)) if kind == "main" or a.device != "cpu"}
         for side in sides.values():
             side.process.stdin.close()
             side.process.wait()
-    device = a.device if a.device == "cpu" else torch.cuda.get_device_name()
+    device = a.device if a.device == "cpu" else torch.cuda.get_device_name(a.device)
     record = dict(torch=torch.__version__, device=device, dtype=a.dtype, threads=a.threads, memory_gb=memory, table=table)
     print(markdown(record))
     if a.json:

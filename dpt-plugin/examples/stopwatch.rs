@@ -3,7 +3,8 @@
 //!
 //! `stopwatch UNET_FOLDER DEVICE DTYPE` reads lines `WHAT SIZE BATCH` and answers each with seconds. WHAT is `guided` (the
 //! noise of two times BATCH latents of SIZE x SIZE), `features TAP` (the U-Net up to a tap), or `correct TAP` (that, the adapter's
-//! score, its gradient down to the latents, and Eq. 9). The adapter is untrained and of the released sizes.
+//! score, its gradient down to the latents, and Eq. 9). The adapter is untrained and of the released sizes; the text's keys and
+//! values are ready before, as in a run, which makes them once.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
@@ -20,9 +21,9 @@ const TIMESTEP: f64 = 500.;
 const TOKENS: usize = 77;
 
 /// Numbers of no pattern, the same in every run.
-struct Numbers(u64);
+struct Noise(u64);
 
-impl Numbers {
+impl Noise {
     fn unit(&mut self) -> f32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 40) as f32 / (1 << 24) as f32
@@ -42,13 +43,13 @@ impl Numbers {
 struct Stopwatch {
     unet: UNet,
     adapters: HashMap<String, Adapter>,
-    numbers: Numbers,
+    noise: Noise,
 }
 
 impl Stopwatch {
     fn open(folder: &str, device: &str, dtype: &str) -> Result<Self> {
         let unet = UNet::load(Path::new(folder), diffusion::dtype(dtype)?, &diffusion::device(device)?)?;
-        Ok(Self { unet, adapters: HashMap::new(), numbers: Numbers(1) })
+        Ok(Self { unet, adapters: HashMap::new(), noise: Noise(1) })
     }
 
     fn adapter(&mut self, tap: &str) -> Result<&Adapter> {
@@ -68,11 +69,11 @@ impl Stopwatch {
                 classes: 256,
             };
             let device = self.unet.device().clone();
-            let numbers = &mut self.numbers;
+            let noise = &mut self.noise;
             let tensors = sizes.initial(
                 &mut |kind| match kind {
-                    dpt_plugin::Draw::Uniform => numbers.unit(),
-                    dpt_plugin::Draw::Normal => numbers.normal(),
+                    dpt_plugin::Draw::Uniform => noise.unit(),
+                    dpt_plugin::Draw::Normal => noise.normal(),
                 },
                 &device,
             )?;
@@ -102,9 +103,9 @@ impl Stopwatch {
         let config = self.unet.config();
         let (channels, width) = (config.in_channels, config.cross_attention_dim);
         let cpu = Device::Cpu;
-        let latents = self.numbers.tensor(&[rows, channels, size, size], &cpu)?;
-        let context = self.numbers.tensor(&[rows, TOKENS, width], self.unet.device())?;
-        let pooled = self.numbers.tensor(&[rows, width], self.unet.device())?;
+        let latents = self.noise.tensor(&[rows, channels, size, size], &cpu)?;
+        let context = self.noise.tensor(&[rows, TOKENS, width], self.unet.device())?;
+        let pooled = self.noise.tensor(&[rows, width], self.unet.device())?;
         let times = vec![TIMESTEP; rows];
         let text = self.unet.text(&context)?;
         let device = self.unet.device().clone();

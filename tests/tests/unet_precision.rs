@@ -16,14 +16,14 @@ fn text(unet: &UNet) -> TextKeys {
 
 #[test]
 fn half_precision_agrees_with_single() {
-    agrees_with_single(DType::F16);
+    agrees_with_single(DType::F16, 2e-2);
     // candle convolves no bf16 on the CPU.
     if !device().is_cpu() {
-        agrees_with_single(DType::BF16);
+        agrees_with_single(DType::BF16, 4e-2);
     }
 }
 
-fn agrees_with_single(dtype: DType) {
+fn agrees_with_single(dtype: DType, tolerance: f64) {
     let (single, half) = (tiny_unet("sd2", DType::F32), tiny_unet("sd2", dtype));
     assert_eq!(half.dtype(), dtype);
     let (single_text, half_text) = (text(&single), text(&half));
@@ -33,13 +33,13 @@ fn agrees_with_single(dtype: DType) {
         let gradient = single.vjp(tape, &cotangent).unwrap();
         let (found, tape) = half.forward_to(&latents(), &TIMESTEPS, &half_text, tap).unwrap();
         assert_eq!(found.dtype(), dtype);
-        assert_close(&format!("{tap} {dtype:?}"), &found, &expected, 2e-2);
+        assert_close(&format!("{tap} {dtype:?}"), &found, &expected, tolerance);
         let found = half.vjp(tape, &cotangent).unwrap();
         assert_eq!(found.dtype(), DType::F32, "the cotangent's, so that no small gradient is lost in f16");
-        assert_close(&format!("{tap} {dtype:?} gradient"), &found, &gradient, 2e-2);
+        assert_close(&format!("{tap} {dtype:?} gradient"), &found, &gradient, tolerance);
     }
     let expected = single.forward(&latents(), &TIMESTEPS, &single_text).unwrap();
-    assert_close("noise", &half.forward(&latents(), &TIMESTEPS, &half_text).unwrap(), &expected, 2e-2);
+    assert_close("noise", &half.forward(&latents(), &TIMESTEPS, &half_text).unwrap(), &expected, tolerance);
 }
 
 /// A score's gradient for one of many activations is small: 1e-7 is below what f16 holds in full, 1e5 beyond its largest.

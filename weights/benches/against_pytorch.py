@@ -24,8 +24,8 @@ MODEL = ROOT / "weights/shapes"
 RANK, TAU = 4, 0.07
 
 
-def synchronize():
-    if torch.get_default_device().type == "cuda":
+def synchronize(device):
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
@@ -47,8 +47,8 @@ class LoraLinear(nn.Module):
 class Step:
     """One optimiser step of a stage, with random data of the world's shapes."""
 
-    def __init__(self, unet, stage, batch):
-        self.unet, self.stage, self.batch = copy.deepcopy(unet), stage, batch
+    def __init__(self, unet, stage, batch, device):
+        self.unet, self.stage, self.batch, self.device = copy.deepcopy(unet), stage, batch, device
         self.unet.requires_grad_(False)
         lora = []
         if stage == "tune":
@@ -63,6 +63,7 @@ class Step:
         self.unet.mid_block.register_forward_hook(self.tap)
         self.adapter = Adapter(128, 128, 8, 256, 1, 1, 8, 12, 128, classes=1)
         self.semantic = nn.Linear(128, 128)
+        self.adapter.to(device), self.semantic.to(device), self.unet.to(device)
         self.parameters = [*self.adapter.parameters(), *self.semantic.parameters(), *lora]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
 
@@ -79,10 +80,10 @@ class Step:
             return self.features
 
     def __call__(self):
-        b = self.batch
-        z, noise, t = torch.randn(b, 4, 16, 16), torch.randn(b, 4, 16, 16), torch.randint(0, 1000, (b,))
-        text, pooled, boxes = torch.randn(6 * b, 16, 128), torch.randn(6 * b, 128), torch.rand(b, 4) * 0.4 + 0.1
-        synchronize()
+        b, on = self.batch, dict(device=self.device)
+        z, noise, t = torch.randn(b, 4, 16, 16, **on), torch.randn(b, 4, 16, 16, **on), torch.randint(0, 1000, (b,), **on)
+        text, pooled, boxes = torch.randn(6 * b, 16, 128, **on), torch.randn(6 * b, 128, **on), torch.rand(b, 4, **on) * 0.4 + 0.1
+        synchronize(self.device)
         started = time.perf_counter()
         rows, times = z.repeat(6, 1, 1, 1), t.repeat(6)
         with torch.set_grad_enabled(self.stage == "tune"):
@@ -90,7 +91,7 @@ class Step:
         queries = self.adapter.queries(features, times)[-1]
         h = self.adapter.map_to_clip(queries[:5 * b, :self.adapter.m])
         s = (F.normalize(h, dim=-1) * F.normalize(pooled[:5 * b], dim=-1)[:, None]).sum(-1).amax(-1).view(5, b)
-        logits, first = s * self.adapter.logit_scale.exp(), torch.zeros(b, dtype=torch.long)
+        logits, first = s * self.adapter.logit_scale.exp(), torch.zeros(b, dtype=torch.long, **on)
         matching = F.cross_entropy(logits[[0, 3, 4]].t(), first) + F.cross_entropy(logits[:3].t(), first)
         loss = matching + self.grounding(queries[5 * b:], boxes, pooled[5 * b:])
         if self.stage == "tune":
@@ -100,7 +101,7 @@ class Step:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        synchronize()
+        synchronize(self.device)
         return time.perf_counter() - started
 
     def grounding(self, queries, truth, expression):
@@ -131,14 +132,14 @@ def generalized_iou(a, b):
 def ours(a, stage, batch, steps, folder, adapter):
     out = pathlib.Path(tempfile.mkdtemp(dir=folder))
     more = ["--adapter", adapter] if stage == "tune" else []
-    subprocess.run([a.program, stage, "--device", a.device, "--out", out, "--steps", str(steps + 1), "--batch", str(batch),
+    subprocess.run([a.program.resolve(), stage, "--device", a.device, "--out", out, "--steps", str(steps + 1), "--batch", str(batch),
                     "--cache", folder / "latents", "--examples", str(batch), *more], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["seconds"] - row["data_seconds"] for row in rows[1:]], out
 
 
 def device_name(device):
-    return torch.cuda.get_device_name() if device == "cuda" else device
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def main():
@@ -150,10 +151,9 @@ def main():
     ap.add_argument("--program", type=pathlib.Path, default=ROOT / "target/release/weights")
     ap.add_argument("--json", type=pathlib.Path)
     a = ap.parse_args()
-    torch.set_default_device(a.device)
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().to(a.device).train(False)
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet").float().train(False)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -162,7 +162,7 @@ def main():
             times = dict(ours=[], pytorch=[])
             for _ in range(a.rounds):
                 times["ours"] += ours(a, stage, batch, a.steps, folder, probed / "adapter.safetensors")[0]
-                step = Step(unet, stage, batch)
+                step = Step(unet, stage, batch, a.device)
                 times["pytorch"] += [step() for _ in range(a.steps + 1)][1:]
             rates = {side: batch / statistics.median(values) for side, values in times.items()}
             results[stage] = dict(batch=batch, examples_per_second=rates, ratio=rates["ours"] / rates["pytorch"])

@@ -86,7 +86,7 @@ fn main() -> ExitCode {
 
 /// Tensors of many megabytes come and go at every step. glibc's allocator gives each back to the system at once, and takes it
 /// again page by page, which costs a fifth of a training step; here it keeps what it has, in one arena, since those of further
-/// threads hold no more than 64 MB.
+/// threads have heaps of 64 MB, which hold no larger tensor.
 fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: these set numbers in the allocator, which may be done at any time.

@@ -26,9 +26,9 @@ impl Conv2d {
         self.forward_by(x, &self.bias, None)
     }
 
-    /// `forward(x)` with something added to every pixel of an item's channel: `more` is `[B, out]`.
-    pub(crate) fn forward_biased(&self, x: &Tensor, more: &Tensor) -> Result<Tensor> {
-        self.forward_by(x, &more.broadcast_add(&self.bias)?, None)
+    /// `forward(x)` and a shift `[B, out]` of every channel of each item.
+    pub(crate) fn forward_shifted(&self, x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+        self.forward_by(x, &shift.broadcast_add(&self.bias)?, None)
     }
 
     /// `residual + forward(x)`.

@@ -42,7 +42,7 @@ impl GroupNorm {
         Ok(silu(&self.affine(&normal, x)?)?.to_dtype(x.dtype())?)
     }
 
-    /// `before` and the gradient for `x`.
+    /// `before` plus the gradient for `x` of [`Self::forward`].
     pub(crate) fn vjp_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
         self.vjp_by(x, dy, false, Some(before))
     }
@@ -119,9 +119,9 @@ impl LayerNorm {
         Ok(y.reshape(x.shape())?.to_dtype(x.dtype())?)
     }
 
-    /// `before` and the gradient for `x`.
+    /// `before` plus the gradient for `x` of [`Self::forward`].
     pub(crate) fn vjp_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters(), before)? {
+        if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters(), Some(before))? {
             return Ok(dx);
         }
         let (normal, inverse_deviation) = self.normalize(x)?;

@@ -51,7 +51,7 @@ impl ResnetBlock {
     pub(crate) fn record(&self, x: &Tensor, time: Option<&Tensor>) -> Result<(Tensor, ResnetTape)> {
         let normal = self.norm1.forward_silu(x)?;
         let hidden = match (&self.time, time) {
-            (Some(projection), Some(time)) => self.conv1.forward_biased(&normal, &projection.forward(time)?)?,
+            (Some(projection), Some(time)) => self.conv1.forward_shifted(&normal, &projection.forward(time)?)?,
             _ => self.conv1.forward(&normal)?,
         };
         let normal = self.norm2.forward_silu(&hidden)?;

@@ -46,9 +46,12 @@ mod tests {
             assert_eq!(tokens.dims(), [2, h * w, c]);
             assert_eq!(numbers(&tokens), numbers(&wide.to_dtype(DType::F32).unwrap()));
             assert_eq!(numbers(&to_image(&tokens, &single).unwrap()), numbers(&single));
-            let twice = (&single + &single).unwrap();
-            assert_eq!(numbers(&to_image_onto(&single, &tokens).unwrap()), numbers(&twice));
-            assert_eq!(numbers(&to_image_onto(&x, &wide).unwrap()), numbers(&(&x + &x).unwrap()));
+            let residual = values(1, x.shape());
+            let sum = (&residual + &x).unwrap();
+            assert_eq!(numbers(&to_image_onto(&residual, &wide).unwrap()), numbers(&sum));
+            let residual = residual.to_dtype(DType::F32).unwrap();
+            let sum = (&residual + &single).unwrap();
+            assert_eq!(numbers(&to_image_onto(&residual, &tokens).unwrap()), numbers(&sum));
         }
     }
 }

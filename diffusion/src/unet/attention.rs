@@ -98,7 +98,7 @@ impl Attention {
         lora: &mut LoraGradients,
     ) -> Result<Option<Tensor>> {
         let cotangents = self.vjp_attended(tape, dy, Wanted::Queries, inputs, lora)?;
-        if lora.end_at(&self.path) {
+        if lora.ends_at(&self.path) {
             return Ok(None);
         }
         self.to_q.vjp(&cotangents.q).map(Some)
@@ -113,7 +113,7 @@ impl Attention {
         lora: &mut LoraGradients,
     ) -> Result<Option<Tensor>> {
         let cotangents = self.vjp_attended(tape, dy, Wanted::Keys, inputs, lora)?;
-        if lora.end_at(&self.path) {
+        if lora.ends_at(&self.path) {
             return Ok(None);
         }
         let (dk, dv) = cotangents.kv.expect("asked for");
@@ -134,7 +134,10 @@ impl Attention {
         let with_lora = lora.wants(&self.path);
         let wanted = if with_lora { Wanted::Attended } else { wanted };
         let cotangents = self.attended(tape).vjp(&self.to_out.vjp(dy)?, wanted)?;
-        if let (true, Cotangents { q, kv: Some((k, v)), attended: Some(attended) }) = (with_lora, &cotangents) {
+        if with_lora {
+            let Cotangents { q, kv: Some((k, v)), attended: Some(attended) } = &cotangents else {
+                unreachable!("all of them are asked for");
+            };
             let Inputs { x, context } = inputs()?;
             let module = |name: &str| format!("{}.{name}", self.path);
             lora.add(&module("to_q"), &x, q)?;

@@ -23,28 +23,40 @@ pub struct LoraGradient {
 pub(super) struct LoraGradients<'a> {
     wanted: HashMap<&'a str, &'a LoraEntry>,
     found: BTreeMap<String, LoraGradient>,
-    /// Path of the attention behind which nothing is wanted any more.
-    last: Option<String>,
+    end: End,
+}
+
+/// Where the backward pass may end.
+#[derive(Default)]
+enum End {
+    /// At the latents.
+    #[default]
+    Latents,
+    /// At the attention at this path, before which no layer has a factor.
+    Attention(String),
+    /// Before it begins: no layer has a factor.
+    Nowhere,
 }
 
 impl<'a> LoraGradients<'a> {
     /// Of these entries, and nothing else: the backward pass may end at the first attention, of those given in the order of the
     /// forward pass, that has one. Fails on two for one projection, whose gradients could not be told apart.
-    pub(super) fn alone(entries: &'a [LoraEntry], mut attentions: impl Iterator<Item = &'a str>) -> Result<Self> {
+    pub(super) fn of(entries: &'a [LoraEntry], mut attentions: impl Iterator<Item = &'a str>) -> Result<Self> {
         let mut wanted = HashMap::new();
         for entry in entries {
             if wanted.insert(entry.module.as_str(), entry).is_some() {
                 return Err(Error::Input(format!("LoRA: two entries for `{}`; stack them first", entry.module)));
             }
         }
-        let mut gradients = Self { wanted, found: BTreeMap::new(), last: None };
-        gradients.last = attentions.find(|path| gradients.wants(path)).map(str::to_owned);
+        let mut gradients = Self { wanted, ..Self::default() };
+        let first = attentions.find(|path| gradients.wants(path));
+        gradients.end = first.map_or(End::Nowhere, |path| End::Attention(path.to_owned()));
         Ok(gradients)
     }
 
     /// Whether the backward pass may end at the attention at this path.
-    pub(super) fn end_at(&self, attention: &str) -> bool {
-        self.last.as_deref() == Some(attention)
+    pub(super) fn ends_at(&self, attention: &str) -> bool {
+        matches!(&self.end, End::Attention(path) if path == attention)
     }
 
     /// Whether any projection of the attention at this path is among them.
@@ -75,9 +87,9 @@ impl<'a> LoraGradients<'a> {
         Ok(())
     }
 
-    /// Whether nothing at all is wanted.
-    pub(super) fn are_none(&self) -> bool {
-        self.last.is_none()
+    /// Whether there is nothing to go back for.
+    pub(super) fn are_all_found(&self) -> bool {
+        matches!(self.end, End::Nowhere)
     }
 
     /// What was found, by module, divided by the factor that the cotangent was multiplied by.

@@ -233,17 +233,15 @@ impl UNet {
     }
 
     /// The gradients of `sum(cotangent * activation)` for the factors of `entries`, which are merged at strength 1, by module.
-    /// An entry of a block that the tape did not pass has none. The pass ends at the first layer that has an entry.
+    /// An entry of a block that the tape did not pass has none. The pass ends at the entry that is first in the order of
+    /// computation.
     pub fn vjp_lora(
         &self,
         tape: Tape,
         cotangent: &Tensor,
         entries: &[LoraEntry],
     ) -> Result<BTreeMap<String, LoraGradient>> {
-        let mut lora = LoraGradients::alone(entries, self.attentions().map(|attention| attention.path.as_str()))?;
-        if lora.are_none() {
-            return Ok(BTreeMap::new());
-        }
+        let mut lora = LoraGradients::of(entries, self.attentions().map(|attention| attention.path.as_str()))?;
         let (_, scale) = self.pull_back(tape, cotangent, &mut lora)?;
         lora.finish(scale)
     }
@@ -257,6 +255,9 @@ impl UNet {
         if cotangent.dims() != tape.activation {
             let (found, expected) = (cotangent.dims(), &tape.activation);
             return Err(Error::Input(format!("cotangent has shape {found:?}, the activation {expected:?}")));
+        }
+        if lora.are_all_found() {
+            return Ok((None, 1.));
         }
         let scale = if self.dtype == DType::F16 { scale_for_f16(cotangent)? } else { 1. };
         let mut d = (cotangent * scale)?.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;

@@ -134,6 +134,9 @@ fn some_factors_gradients_are_what_they_are_among_all() {
     let expected = gradients(&all);
     for part in [".attn2.", "up_blocks.3", "mid_block", "down_blocks.1.attentions.1", "attn1.to_v", "nowhere"] {
         let some: Vec<_> = all.iter().filter(|entry| entry.module.contains(part)).cloned().collect();
+        let mut lora = LoraGradients::of(&some, unet.attentions().map(|attention| attention.path.as_str())).unwrap();
+        let (dx, _) = unet.pull_back(run().1, &cotangent, &mut lora).unwrap();
+        assert!(dx.is_none(), "{part}: the pass goes on to the latents");
         let found = gradients(&some);
         assert_eq!(found.len(), some.len());
         for (module, LoraGradient { down, up }) in found {

@@ -122,6 +122,7 @@ impl Trainer<'_> {
             values.insert("learning_rate".into(), rate);
             optimiser.step(self.model.parameters(), &gradients, rate)?;
             self.model.refresh()?;
+            self.model.discriminator().unet().device().synchronize()?;
             values.insert("seconds".into(), started.elapsed().as_secs_f64());
             step += 1;
             metrics.add(step, &values)?;
@@ -151,6 +152,7 @@ impl Trainer<'_> {
         for part in 0..accumulate {
             let encoding = Instant::now();
             let batch = self.batcher.batch(step * accumulate + part, self.encoder, &device)?;
+            device.synchronize()?;
             data_seconds += encoding.elapsed().as_secs_f64();
             let (found, gradients) = self.objective.evaluate(self.model, &batch)?;
             for (name, loss) in found {

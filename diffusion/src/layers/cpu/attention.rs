@@ -20,7 +20,7 @@ pub(in crate::layers) fn attend((q, k, v): (&Tensor, &Tensor, &Tensor), heads: u
     tensor(attend_heads((&qs, &ks, &vs), sizes), q.shape()).map(Some)
 }
 
-/// What is wanted of the backward pass of attention; each has what is before it.
+/// What is wanted of the backward pass of attention; each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Wanted {
     /// The cotangents of q.

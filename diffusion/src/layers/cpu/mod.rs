@@ -120,7 +120,7 @@ mod tests {
                 let onto = (narrow.forward_onto(&single(&residual), &single(&x)), wide.forward_onto(&residual, &x));
                 same(&what, onto.0, onto.1);
                 let biases = values(3, (2, outputs));
-                let biased = (narrow.forward_biased(&single(&x), &single(&biases)), wide.forward_biased(&x, &biases));
+                let biased = (narrow.forward_shifted(&single(&x), &single(&biases)), wide.forward_shifted(&x, &biases));
                 same(&what, biased.0, biased.1);
                 if stride == 1 {
                     same(&what, narrow.vjp(&single(&dy), (h, w)), wide.vjp(&dy, (h, w)));
@@ -155,8 +155,9 @@ mod tests {
             let (dy, what) = (values(1, x.shape()), format!("layer norm of {width}"));
             same(&what, narrow.forward(&single(&x)), wide.forward(&x));
             if width > 1 {
-                let onto = narrow.vjp_onto(&single(&dy), &single(&x), &single(&dy));
-                same(&what, onto, wide.vjp_onto(&dy, &x, &dy));
+                let before = values(2, x.shape());
+                let onto = narrow.vjp_onto(&single(&before), &single(&x), &single(&dy));
+                same(&what, onto, wide.vjp_onto(&before, &x, &dy));
             }
         }
     }

@@ -65,7 +65,7 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
     tensor(by_pieces(xs.len(), n, rows_at_once(n), group), x.shape()).map(Some)
 }
 
-/// The gradient for `x` of [`group_norm`] at a cotangent `dy`, and a tensor of its shape that is to be added.
+/// The gradient for `x` of [`group_norm`] at a cotangent `dy`, plus `added` of its shape.
 pub(in crate::layers) fn group_norm_vjp(
     x: &Tensor,
     dy: &Tensor,
@@ -137,17 +137,17 @@ pub(in crate::layers) fn layer_norm(x: &Tensor, affine: Affine) -> Result<Option
     tensor(layer_norm_rows(&xs, &weight, &bias, affine.eps), x.shape()).map(Some)
 }
 
-/// The gradient for `x` of [`layer_norm`] at a cotangent `dy`, and a tensor of its shape that is to be added.
+/// The gradient for `x` of [`layer_norm`] at a cotangent `dy`, plus `added` of its shape.
 pub(in crate::layers) fn layer_norm_vjp(
     x: &Tensor,
     dy: &Tensor,
     affine: Affine,
-    added: &Tensor,
+    added: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
     let (Some(xs), Some(dys), Some(weight)) = (Values::of(x), Values::of(dy), Values::of(affine.weight)) else {
         return Ok(None);
     };
-    let Some(added) = to_be_added(Some(added), x) else { return Ok(None) };
+    let Some(added) = to_be_added(added, x) else { return Ok(None) };
     tensor(layer_norm_rows_vjp(&xs, &dys, &weight, affine.eps, added.as_deref()), x.shape()).map(Some)
 }
 
@@ -166,7 +166,7 @@ fn layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f64, y: &mut [f3
     }
 }
 
-/// The gradient for `x` of [`layer_norm_rows`] at a cotangent `dy`, and as many values that are to be added.
+/// The gradient for `x` of [`layer_norm_rows`] at a cotangent `dy`, plus `added`.
 pub fn layer_norm_rows_vjp(x: &[f32], dy: &[f32], weight: &[f32], eps: f64, added: Option<&[f32]>) -> Vec<f32> {
     let n = weight.len();
     let row = |row: usize, dx: &mut [f32]| {
@@ -203,8 +203,7 @@ pub fn layer_norm_rows_parameters_vjp(x: &[f32], dy: &[f32], n: usize, eps: f64)
     })
 }
 
-/// In place of the normalised values' cotangent `d`: `(d - mean(d) - normal * mean(d * normal)) / deviation`, and what is to
-/// be added.
+/// In place of the normalised values' cotangent `d`: `(d - mean(d) - normal * mean(d * normal)) / deviation + added`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
 fn normalize_vjp(d: &mut [f32], x: &[f32], mean: f32, inverse: f32, added: Option<&[f32]>) {
     let (mut sum, mut along) = (0f64, 0f64);

@@ -5,7 +5,7 @@ use super::memory::{Shared, written};
 use super::{LEAST, Values, tensor};
 use crate::Result;
 
-/// `[B, R, C]` to `[B, C, R]`, in squares that stay in the first-level cache, and a tensor of as many values that are to be added.
+/// `[B, R, C]` to `[B, C, R]`, in squares that stay in the first-level cache, plus `added` of as many values.
 pub(in crate::layers) fn transpose_last(x: &Tensor, added: Option<&Tensor>) -> Result<Option<Tensor>> {
     const SQUARE: usize = 32;
     let (batch, rows, columns) = x.dims3()?;
