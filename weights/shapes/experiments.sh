@@ -60,6 +60,8 @@ for run in both matching grounding; do
   generate short-$run held-out --control short-control/adapter.safetensors --eta 0,8
 done
 generate short held-out --eta 1,4,8,16
+evaluate generate-short-matching-fresh generate --split held-out --captions 576 --seed 3000000 \
+  --control short-control/adapter.safetensors $(adapter short-matching) --eta 0
 for tap in down0 down1 mid up0 up1; do
   train tap-$tap probe --tap $tap --steps 200 --batch 24 --examples 4096
   discriminate tap-$tap

@@ -108,9 +108,8 @@ def train_vae(scenes, run):
         objects = pixels.amax(1, keepdim=True) > pixels.amin(1, keepdim=True)
         weight = 1 + 6 * objects.float()
         images = normalised(pixels)
-        with run.precision():
-            posterior = vae.encode(images).latent_dist
-            error = vae.decode(posterior.sample()).sample - images
+        posterior = vae.encode(images).latent_dist
+        error = vae.decode(posterior.sample()).sample - images
         reconstruction = (weight * (error.abs() + 4 * error.square())).mean() / weight.mean()
         return dict(reconstruction=reconstruction, kl=1e-5 * posterior.kl().mean())
 
@@ -219,8 +218,7 @@ def train_unet(scenes, run):
         text = states[torch.where(dropped, 0, places[pick])]
         noise = torch.randn_like(latents[pick])
         t = torch.randint(scheduler.config.num_train_timesteps, (len(pick),), device=run.device)
-        with run.precision():
-            predicted = unet(scheduler.add_noise(latents[pick], noise, t), t, encoder_hidden_states=text).sample
+        predicted = unet(scheduler.add_noise(latents[pick], noise, t), t, encoder_hidden_states=text).sample
         error = (predicted - noise).square().mean((1, 2, 3))
         snr = compute_snr(scheduler, t)         # min-SNR-5: the many steps with little noise do not drown the others
         return dict(noise=(error * snr.clamp(max=5) / snr).mean())
@@ -281,17 +279,14 @@ def main():
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--bf16", action="store_true", help="VAE and U-Net by autocast: faster where the hardware has it")
     run = ap.parse_args()
-    run.precision = lambda: torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.bf16)
     run.out.mkdir(parents=True, exist_ok=True)
     folder = run.scenes or run.out.with_name(run.out.name + "-scenes")
     draw_scenes(folder, run.weights_program, run.examples, run.seed)
     scenes = load_scenes(folder, run.device)
 
     path = run.out / "pretrain.json"
-    settings = dict(seed=run.seed, scenes=len(scenes.captions), steps_scale=run.steps_scale, device=run.device,
-                    **dict(bf16=True) if run.bf16 else {})
+    settings = dict(seed=run.seed, scenes=len(scenes.captions), steps_scale=run.steps_scale, device=run.device)
     record = open_record(path, settings)
     for index, (name, train) in enumerate(STAGES.items()):
         if name not in record["stages"]:
