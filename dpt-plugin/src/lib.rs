@@ -15,6 +15,7 @@ mod lora;
 pub mod loss;
 mod params;
 mod plugin;
+mod pool;
 mod score;
 mod source;
 mod text;

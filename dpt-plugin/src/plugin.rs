@@ -12,6 +12,7 @@ use crate::batch::Batch;
 use crate::config::{Config, GradientSource};
 use crate::fit::{Fitting, Prepared, gradient_source};
 use crate::params::{Strength, params};
+use crate::pool::on_pool;
 use crate::score::{score, score_and_gradient};
 use crate::source::{Evaluation, Source};
 use crate::text::{Conditioning, TextRequirements};
@@ -202,11 +203,11 @@ impl DptPlugin {
         let timesteps = vec![step.timestep; shape[0]];
         if !corrected {
             source.release();
-            let scores = score(adapter, &features, &timesteps, &text.pooled)?.to_vec1()?;
+            let scores = on_pool(|| score(adapter, &features, &timesteps, &text.pooled))?.to_vec1()?;
             batch.report_scores(&scores, report);
             return Ok(());
         }
-        let (scores, cotangent) = score_and_gradient(adapter, &features, &timesteps, &text.pooled)?;
+        let (scores, cotangent) = on_pool(|| score_and_gradient(adapter, &features, &timesteps, &text.pooled))?;
         batch.report_scores(&scores.to_vec1()?, report);
         let cotangent = batch.without_spoilt(&cotangent)?;
         stop()?;
@@ -237,10 +238,11 @@ impl DptPlugin {
         batch.check_rows("pooled texts", &text.pooled, report)?;
         let timesteps = vec![step.timestep; items];
         if !(corrected && cotangent) {
-            batch.report_scores(&score(&self.adapter, &features, &timesteps, &text.pooled)?.to_vec1()?, report);
+            let scores = on_pool(|| score(&self.adapter, &features, &timesteps, &text.pooled))?;
+            batch.report_scores(&scores.to_vec1()?, report);
             return Ok(None);
         }
-        let (scores, gradient) = score_and_gradient(&self.adapter, &features, &timesteps, &text.pooled)?;
+        let (scores, gradient) = on_pool(|| score_and_gradient(&self.adapter, &features, &timesteps, &text.pooled))?;
         batch.report_scores(&scores.to_vec1()?, report);
         Ok(Some(batch.without_spoilt(&gradient)?.flatten_all()?.to_vec1()?))
     }

@@ -7,6 +7,7 @@ use host_api::Step;
 use host_api::plugin::HostGradient;
 
 use crate::borrowed::BorrowedWeights;
+use crate::pool::on_pool;
 use crate::{Error, Result};
 
 /// A source of features, and what it keeps of the last evaluation for the gradient.
@@ -68,7 +69,8 @@ impl Source {
             Source::Own(own) => {
                 let latents = Tensor::from_slice(latents, &shape, own.unet.device())?;
                 let keys = keys.ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
-                let (features, tape) = own.unet.forward_to(&latents, &vec![step.timestep; shape[0]], keys, own.tap)?;
+                let timesteps = vec![step.timestep; shape[0]];
+                let (features, tape) = on_pool(|| own.unet.forward_to(&latents, &timesteps, keys, own.tap))?;
                 own.tape = Some(tape);
                 Ok(features.to_dtype(DType::F32)?.to_device(device)?)
             }
@@ -85,7 +87,7 @@ impl Source {
             Source::Host(host) => Ok(host.vjp(&cotangent.flatten_all()?.to_vec1()?, &shape)?),
             Source::Own(own) => {
                 let tape = own.tape.take().expect("vjp follows features");
-                let gradient = own.unet.vjp(tape, cotangent)?;
+                let gradient = on_pool(|| own.unet.vjp(tape, cotangent))?;
                 Ok(gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
             }
             Source::Split => unreachable!("it gives no features"),
