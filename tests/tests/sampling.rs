@@ -190,7 +190,8 @@ fn a_prompt_switch_counts_for_the_picture_and_for_the_score() {
         assert_same("before the switch", &trail[2], &first.0[2]);
         assert!(relative_error(&trail[3], &first.0[3]) > 1e-3);
         let score = |outcome: &RunOutcome, step: usize| outcome.steps[step].items[0].score.unwrap();
-        assert!((score(&outcome, 2) - score(&first.1, 2)).abs() < 1e-6);
+        let rounding = if device().is_cpu() { 0. } else { 1e-6 };
+        assert!((score(&outcome, 2) - score(&first.1, 2)).abs() <= rounding);
         assert!((score(&outcome, 3) - score(&first.1, 3)).abs() > 1e-4);
         let (_, own) = run(&mut session(Some(own_config(json!({})))), &switched);
         assert_close("host against plugin", &own.latents, &outcome.latents, 1e-5);
