@@ -7,7 +7,7 @@
 //! values are ready before, as in a run, which makes them once.
 
 use std::collections::HashMap;
-use std::io::{BufRead, Write};
+use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use diffusion::{Checkpoint, UNet};
 use dpt_plugin::{Adapter, AdapterSizes, correction, score_and_gradient};
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 const TIMESTEP: f64 = 500.;
 const TOKENS: usize = 77;
@@ -142,8 +142,10 @@ fn main() -> Result<()> {
         return Err("usage: stopwatch UNET_FOLDER DEVICE DTYPE".into());
     };
     let mut stopwatch = Stopwatch::open(folder, device, dtype)?;
-    for line in std::io::stdin().lock().lines() {
-        println!("{}", stopwatch.time(&line?)?);
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        // On a thread of the pool, as `host-demo` and the plugin compute.
+        println!("{}", rayon::scope(|_| stopwatch.time(&line))?);
         std::io::stdout().flush()?;
     }
     Ok(())
