@@ -58,6 +58,11 @@ impl Conv2d {
     /// The gradient for an input of `height x width` from that of the output, `[B, out, ..]` to `[B, in, height, width]`.
     pub(crate) fn vjp(&self, dy: &Tensor, (height, width): (usize, usize)) -> Result<Tensor> {
         let dy = dy.contiguous()?;
+        if self.stride == 1
+            && let Some(dx) = cpu::conv3x3_vjp(&dy, &self.kernel)?
+        {
+            return Ok(dx);
+        }
         if self.adjoint.get().is_none() {
             let kernels = if self.stride == 1 { vec![adjoint(&self.kernel)?] } else { phases(&self.kernel)? };
             // Losing a race only means that the other thread's equal kernels are kept.

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::memory::{Shared, written};
 use super::product::{Before, Matrix, product_into};
+use super::winograd::{Bias, Convolution, Kernel};
 use super::{Values, tensor};
 use crate::Result;
 
@@ -17,8 +18,9 @@ const LEAST_PIXELS: usize = 64;
 /// result's shape that is to be added: `[B, in, h, w]` and `[out, in, 3, 3]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
 /// `None` where the tensors are not contiguous f32 in main memory.
 ///
-/// Each task takes some output rows of one picture: the neighbourhoods of their pixels become a matrix `[9 in, pixels]`, and
-/// the kernel's product with it lies in the output as it is. Nothing is laid out anew for the whole batch.
+/// With stride 1 by [`winograd`](super::winograd), where there are pixels enough. Otherwise each task takes some output rows of
+/// one picture: the neighbourhoods of their pixels become a matrix `[9 in, pixels]`, and the kernel's product with it lies in the
+/// output as it is. Nothing is laid out anew for the whole batch.
 pub(in crate::layers) fn conv3x3(
     x: &Tensor,
     kernel: &Tensor,
@@ -46,6 +48,14 @@ pub(in crate::layers) fn conv3x3(
         Some((dims, Some(values))) if dims == [batch, outputs, rows, columns] => Some(values),
         Some(_) => return Ok(None),
     };
+    if stride == 1 {
+        let bias = biases.as_deref().map(|values| Bias { values, stride: if own_bias { outputs } else { 0 } });
+        let (residual, kernel) = (residual.as_deref(), Kernel::new(&weights, inputs));
+        let convolution = Convolution { x: &xs, kernel, bias, residual, batch, inputs, outputs, height, width };
+        if convolution.pays() {
+            return tensor(convolution.compute(), (batch, outputs, height, width)).map(Some);
+        }
+    }
     // At least a few pixels, or the kernel is read more often than it pays.
     let least = LEAST_PIXELS.div_ceil(columns);
     let block_rows = (BLOCK / (9 * inputs * columns)).max(least).min(rows);
@@ -83,6 +93,20 @@ pub(in crate::layers) fn conv3x3(
     // SAFETY: every pixel of every output is written before anything is added to it.
     let y = unsafe { written(batch * outputs * plane, convolve) };
     tensor(y, (batch, outputs, rows, columns)).map(Some)
+}
+
+/// The input's gradient of a 3x3 convolution of stride 1 from its result's `[B, out, h, w]`, with the convolution's own kernel
+/// `[out, in, 3, 3]`. `None` where the tensors are not contiguous f32 in main memory, and where there are too few pixels.
+pub(in crate::layers) fn conv3x3_vjp(dy: &Tensor, kernel: &Tensor) -> Result<Option<Tensor>> {
+    let ((batch, outputs, height, width), inputs) = (dy.dims4()?, kernel.dim(1)?);
+    if kernel.dims() != [outputs, inputs, 3, 3] || dy.elem_count() * inputs == 0 {
+        return Ok(None);
+    }
+    let (Some(dys), Some(weights)) = (Values::of(dy), Values::of(kernel)) else { return Ok(None) };
+    let kernel = Kernel::adjoint(&weights, inputs);
+    let (x, bias, residual) = (&*dys, None, None);
+    let adjoint = Convolution { x, kernel, bias, residual, batch, inputs: outputs, outputs: inputs, height, width };
+    adjoint.pays().then(|| tensor(adjoint.compute(), (batch, inputs, height, width))).transpose()
 }
 
 #[derive(Clone, Copy)]

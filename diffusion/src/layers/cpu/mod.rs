@@ -11,8 +11,11 @@ mod lora;
 mod memory;
 mod norm;
 mod product;
+mod simd;
 mod softmax;
+mod tile;
 mod transpose;
+mod winograd;
 
 use std::ops::Deref;
 
@@ -20,7 +23,7 @@ use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 
 pub use attention::{AttentionSizes, Cotangents, Wanted, attend_heads, attend_heads_vjp};
 pub(super) use attention::{attend, attend_vjp};
-pub(super) use conv::conv3x3;
+pub(super) use conv::{conv3x3, conv3x3_vjp};
 pub(super) use geglu::{geglu, geglu_vjp};
 pub use linear::linear_rows;
 pub(super) use linear::{linear, linear_vjp};

@@ -1,0 +1,55 @@
+//! Vectors of f32, as wide as the machine that runs has them.
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// Runs `task` with the widest vectors of this machine.
+pub(super) fn widest<T: WithSimd>(task: T) -> T::Output {
+    Arch::new().dispatch(task)
+}
+
+/// Values in a vector of [`widest`].
+pub(super) fn lanes() -> usize {
+    struct Lanes;
+    impl WithSimd for Lanes {
+        type Output = usize;
+
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            S::F32_LANES
+        }
+    }
+    widest(Lanes)
+}
+
+/// What the kernels do with vectors. All of it must be inlined, into functions that are compiled for the instructions at hand:
+/// neither closures nor iterators may stand between.
+pub(super) trait Vectors: Simd {
+    /// # Safety
+    /// `at` points to as many values as a vector holds.
+    #[inline(always)]
+    unsafe fn load(self, at: *const f32) -> Self::f32s {
+        // SAFETY: the caller's; a vector of f32 is as many f32 in a row.
+        unsafe { at.cast::<Self::f32s>().read_unaligned() }
+    }
+
+    /// # Safety
+    /// `at` points to room for as many values as a vector holds, which nobody else uses.
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32, values: Self::f32s) {
+        // SAFETY: the caller's; a vector of f32 is as many f32 in a row.
+        unsafe { at.cast::<Self::f32s>().write_unaligned(values) }
+    }
+
+    /// `factor x`.
+    #[inline(always)]
+    fn scaled(self, factor: f32, x: Self::f32s) -> Self::f32s {
+        self.mul_f32s(self.splat_f32s(factor), x)
+    }
+
+    /// `factor x + y`.
+    #[inline(always)]
+    fn scaled_plus(self, factor: f32, x: Self::f32s, y: Self::f32s) -> Self::f32s {
+        self.mul_add_f32s(self.splat_f32s(factor), x, y)
+    }
+}
+
+impl<S: Simd> Vectors for S {}

@@ -1,0 +1,81 @@
+//! The innermost product: a tile of sums that stays in registers while it runs along the depth.
+
+use pulp::Simd;
+
+use super::product::Before;
+use super::simd::Vectors;
+
+/// Rows of a tile, and of a panel of `a`.
+pub(super) const ROWS: usize = 12;
+/// Vectors in a row of a tile, at most.
+pub(super) const VECTORS: usize = 2;
+
+/// `a b`, written to `ROWS` rows of `c`: a panel of a is `[depth, ROWS]`, one of b `[depth, width]`, and a row of c has `width`
+/// values, where `width` is one vector or [`VECTORS`].
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub(super) depth: usize,
+    pub(super) a: *const f32,
+    pub(super) b: *const f32,
+    pub(super) c: *mut f32,
+    /// From a row of c to the next.
+    pub(super) stride: usize,
+    pub(super) before: Before,
+}
+
+impl Tile {
+    /// # Safety
+    /// The panels and rows lie in memory as described, and nobody else uses those of `c`.
+    #[inline(always)]
+    pub(super) unsafe fn multiply<S: Simd>(self, simd: S, width: usize) {
+        // SAFETY: the caller's. Sums, a row of b and one value of a fill the registers: 12 times 2 and 3 of 32, 6 times 2 and 3 of 16.
+        unsafe {
+            match (width == S::F32_LANES, S::REGISTER_COUNT >= 32) {
+                (true, true) => self.rows::<S, ROWS, 1>(simd, 0),
+                (false, true) => self.rows::<S, ROWS, VECTORS>(simd, 0),
+                (true, false) => {
+                    self.rows::<S, { ROWS / 2 }, 1>(simd, 0);
+                    self.rows::<S, { ROWS / 2 }, 1>(simd, ROWS / 2);
+                }
+                (false, false) => {
+                    self.rows::<S, { ROWS / 2 }, VECTORS>(simd, 0);
+                    self.rows::<S, { ROWS / 2 }, VECTORS>(simd, ROWS / 2);
+                }
+            }
+        }
+    }
+
+    /// `R` rows from `first` on, of `V` vectors.
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const R: usize, const V: usize>(self, simd: S, first: usize) {
+        let lanes = S::F32_LANES;
+        let mut sums = [[simd.splat_f32s(0.); V]; R];
+        // SAFETY: the caller's.
+        unsafe {
+            let (mut a, mut b) = (self.a.add(first), self.b);
+            for _ in 0..self.depth {
+                let mut row = [simd.splat_f32s(0.); V];
+                for j in 0..V {
+                    row[j] = simd.load(b.add(j * lanes));
+                }
+                for i in 0..R {
+                    let value = simd.splat_f32s(*a.add(i));
+                    for j in 0..V {
+                        sums[i][j] = simd.mul_add_f32s(value, row[j], sums[i][j]);
+                    }
+                }
+                (a, b) = (a.add(ROWS), b.add(V * lanes));
+            }
+            for i in 0..R {
+                for j in 0..V {
+                    let at = self.c.add((first + i) * self.stride + j * lanes);
+                    let sum = match self.before {
+                        Before::Replaced => sums[i][j],
+                        Before::AddedTo => simd.add_f32s(simd.load(at), sums[i][j]),
+                    };
+                    simd.store(at, sum);
+                }
+            }
+        }
+    }
+}
