@@ -4,7 +4,7 @@
 use candle_core::{D, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
-use super::cpu::{self, Cotangents, Wanted};
+use super::cpu::{self, Cotangents};
 use super::norm::statistics_dtype;
 use crate::Result;
 
@@ -36,35 +36,41 @@ pub(crate) struct Attended<'a> {
     pub(crate) upcast: bool,
 }
 
+/// What attention gave.
+pub(crate) struct Attention {
+    /// In the shape of q.
+    pub(crate) y: Tensor,
+    /// `[B, heads, queries]`, of the sums that the softmax divides by; kept where the kernels of the CPU compute.
+    log_sums: Option<Tensor>,
+}
+
 impl Attended<'_> {
-    /// `softmax(q k^T / sqrt(width)) v` of each head, in the shape of q.
-    pub(crate) fn attend(self) -> Result<Tensor> {
+    /// `softmax(q k^T / sqrt(width)) v` of each head.
+    pub(crate) fn attend(self) -> Result<Attention> {
         let Self { q, k, v, heads, upcast } = self;
-        if let Some(y) = cpu::attend((q, k, v), heads)? {
-            return Ok(y);
+        if let Some((y, log_sums)) = cpu::attend((q, k, v), heads)? {
+            return Ok(Attention { y, log_sums: Some(log_sums) });
         }
         let [q, k, v] = [q, k, v].map(|t| split_heads(t, heads));
-        merge_heads(&attend_by(BLOCK, (&q?, &k?, &v?), upcast)?, heads)
+        let y = merge_heads(&attend_by(BLOCK, (&q?, &k?, &v?), upcast)?, heads)?;
+        Ok(Attention { y, log_sums: None })
     }
 
-    /// The cotangents of q, k and v from that of the result, as far as they are wanted.
+    /// The cotangents of q, and of k and v if wanted, from that of the result.
     ///
     /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
-    pub(crate) fn vjp(self, dy: &Tensor, wanted: Wanted) -> Result<Cotangents<Tensor>> {
+    pub(crate) fn vjp(self, attention: &Attention, dy: &Tensor, of_keys: bool) -> Result<Cotangents<Tensor>> {
         let Self { q, k, v, heads, upcast } = self;
         let dy = dy.contiguous()?;
-        if let Some(cotangents) = cpu::attend_vjp((q, k, v), &dy, heads, wanted)? {
+        if let Attention { y, log_sums: Some(log_sums) } = attention
+            && let Some(cotangents) = cpu::attend_vjp((q, k, v), (y, log_sums), &dy, heads, of_keys)?
+        {
             return Ok(cotangents);
         }
         let [q, k, v, dy] = [q, k, v, &dy].map(|t| split_heads(t, heads));
-        let found = attend_vjp_by(BLOCK, (&q?, &k?, &v?), &dy?, upcast, wanted)?;
-        let merged = |t: Tensor| merge_heads(&t, heads);
-        let of_keys = |(dk, dv)| Ok::<_, crate::Error>((merged(dk)?, merged(dv)?));
-        Ok(Cotangents {
-            q: merged(found.q)?,
-            kv: found.kv.map(of_keys).transpose()?,
-            attended: found.attended.map(merged).transpose()?,
-        })
+        let Cotangents { q, kv } = attend_vjp_by(BLOCK, (&q?, &k?, &v?), &dy?, upcast, of_keys)?;
+        let merged = |(dk, dv): (Tensor, Tensor)| Ok::<_, crate::Error>((merge_heads(&dk, heads)?, merge_heads(&dv, heads)?));
+        Ok(Cotangents { q: merge_heads(&q, heads)?, kv: kv.map(merged).transpose()? })
     }
 }
 
@@ -83,13 +89,13 @@ fn attend_vjp_by(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     dy: &Tensor,
     upcast: bool,
-    wanted: Wanted,
+    of_keys: bool,
 ) -> Result<Cotangents<Tensor>> {
     let (n, queries, _) = q.dims3()?;
     let keys = Keys::new(k, upcast)?;
     let dtype = q.dtype();
     let v_t = v.t()?;
-    let (mut dq, mut attended) = (Vec::new(), Vec::new());
+    let mut dq = Vec::new();
     let mut dkv: Option<(Tensor, Tensor)> = None;
     for (start, len) in row_blocks(block, n, queries, k.dim(1)?) {
         let (q, dy) = (q.narrow(1, start, len)?.contiguous()?, dy.narrow(1, start, len)?.contiguous()?);
@@ -97,10 +103,7 @@ fn attend_vjp_by(
         let dp = dy.matmul(&v_t)?.to_dtype(p.dtype())?;
         let ds = (softmax_vjp(&p, &dp)? * keys.scale)?.to_dtype(dtype)?;
         dq.push(ds.matmul(k)?);
-        if wanted >= Wanted::Attended {
-            attended.push(p.to_dtype(dtype)?.matmul(v)?);
-        }
-        if wanted >= Wanted::Keys {
+        if of_keys {
             let dk = ds.t()?.matmul(&q)?;
             let dv = p.to_dtype(dtype)?.t()?.matmul(&dy)?;
             dkv = Some(match dkv {
@@ -109,8 +112,7 @@ fn attend_vjp_by(
             });
         }
     }
-    let attended = (wanted >= Wanted::Attended).then(|| concatenate(attended)).transpose()?;
-    Ok(Cotangents { q: concatenate(dq)?, kv: dkv, attended })
+    Ok(Cotangents { q: concatenate(dq)?, kv: dkv })
 }
 
 struct Keys {
@@ -219,11 +221,11 @@ mod tests {
     fn gradients_of_queries_keys_and_values() {
         let (q, k, v) = inputs();
         for (block, upcast) in BLOCKS.into_iter().flat_map(|block| [(block, false), (block, true)]) {
-            let vjp = |dy: &Tensor, wanted| attend_vjp_by(block, (&q, &k, &v), dy, upcast, wanted);
-            let keys_values = |dy: &Tensor| -> Result<_> { Ok(vjp(dy, Wanted::Keys)?.kv.expect("asked for")) };
+            let vjp = |dy: &Tensor, of_keys| attend_vjp_by(block, (&q, &k, &v), dy, upcast, of_keys);
+            let keys_values = |dy: &Tensor| -> Result<_> { Ok(vjp(dy, true)?.kv.expect("asked for")) };
             let forward = |q: &Tensor, k: &Tensor, v: &Tensor| attend_by(block, (q, k, v), upcast);
-            assert_vjp("queries", &q, |q| forward(q, &k, &v), |dy| Ok(vjp(dy, Wanted::Attended)?.q));
-            assert_vjp("queries alone", &q, |q| forward(q, &k, &v), |dy| Ok(vjp(dy, Wanted::Queries)?.q));
+            assert_vjp("queries", &q, |q| forward(q, &k, &v), |dy| Ok(vjp(dy, true)?.q));
+            assert_vjp("queries alone", &q, |q| forward(q, &k, &v), |dy| Ok(vjp(dy, false)?.q));
             assert_vjp("keys", &k, |k| forward(&q, k, &v), |dy| Ok(keys_values(dy)?.0));
             assert_vjp("values", &v, |v| forward(&q, &k, v), |dy| Ok(keys_values(dy)?.1));
         }
@@ -249,7 +251,7 @@ mod tests {
         let (q, k, v) = (near(10, 16), near(11, 7), half(values(12, (1, 7, 64))));
         let expected = by_definition(&q, &k, &v);
         let error = |upcast| {
-            let y = Attended { q: &q, k: &k, v: &v, heads: 1, upcast }.attend().unwrap();
+            let y = Attended { q: &q, k: &k, v: &v, heads: 1, upcast }.attend().unwrap().y;
             assert_eq!(y.dtype(), DType::F16);
             numbers(&y).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0., f64::max)
         };
@@ -264,6 +266,6 @@ mod tests {
         let v = values(0, (1, 2, 64)).to_dtype(DType::F16).unwrap();
         let expected = by_definition(&q, &q, &v);
         let attended = Attended { q: &q, k: &q, v: &v, heads: 1, upcast: false };
-        assert_values(&attended.attend().unwrap(), &expected, 2e-3);
+        assert_values(&attended.attend().unwrap().y, &expected, 2e-3);
     }
 }

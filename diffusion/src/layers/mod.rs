@@ -19,14 +19,14 @@ mod resnet;
 mod tokens;
 
 pub(crate) use activation::{geglu, geglu_vjp, silu};
-pub(crate) use attention::Attended;
+pub(crate) use attention::{Attended, Attention};
 pub(crate) use conv::Conv2d;
-pub(crate) use cpu::{Cotangents, Wanted, lora_vjp};
+pub(crate) use cpu::{Cotangents, lora_vjp};
 pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;
 pub(crate) mod kernels {
     pub use super::cpu::{
-        AttentionSizes, Cotangents, Wanted, attend_heads, attend_heads_vjp, layer_norm_rows,
+        AttentionSizes, Cotangents, attend_heads, attend_heads_vjp, layer_norm_rows,
         layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, softmax_rows, softmax_rows_vjp,
     };
 }

@@ -1,7 +1,7 @@
 use candle_core::Tensor;
 
 use super::lora_gradients::LoraGradients;
-use crate::layers::{Attended, Cotangents, Linear, Wanted};
+use crate::layers::{self, Attended, Cotangents, Linear};
 use crate::{Result, Scope};
 
 /// Keys and values, `[B, tokens, channels]`.
@@ -35,6 +35,7 @@ pub(super) struct Inputs {
 pub(super) struct AttentionTape {
     queries: Tensor,
     keys_values: KeysValues,
+    attention: layers::Attention,
 }
 
 impl Attention {
@@ -80,12 +81,13 @@ impl Attention {
         x: &Tensor,
         keys_values: KeysValues,
     ) -> Result<(Tensor, AttentionTape)> {
-        let tape = AttentionTape { queries: self.to_q.forward(x)?, keys_values };
-        Ok((self.to_out.forward_onto(residual, &self.attended(&tape).attend()?)?, tape))
+        let queries = self.to_q.forward(x)?;
+        let attention = self.attended(&queries, &keys_values).attend()?;
+        let y = self.to_out.forward_onto(residual, &attention.y)?;
+        Ok((y, AttentionTape { queries, keys_values, attention }))
     }
 
-    fn attended<'a>(&self, tape: &'a AttentionTape) -> Attended<'a> {
-        let AttentionTape { queries, keys_values: KeysValues { keys, values } } = tape;
+    fn attended<'a>(&self, queries: &'a Tensor, KeysValues { keys, values }: &'a KeysValues) -> Attended<'a> {
         Attended { q: queries, k: keys, v: values, heads: self.heads, upcast: self.upcast }
     }
 
@@ -97,7 +99,7 @@ impl Attention {
         inputs: impl FnOnce() -> Result<Inputs>,
         lora: &mut LoraGradients,
     ) -> Result<Option<Tensor>> {
-        let cotangents = self.vjp_attended(tape, dy, Wanted::Queries, inputs, lora)?;
+        let cotangents = self.vjp_attended(tape, dy, false, inputs, lora)?;
         if lora.ends_at(&self.path) {
             return Ok(None);
         }
@@ -112,7 +114,7 @@ impl Attention {
         inputs: impl FnOnce() -> Result<Inputs>,
         lora: &mut LoraGradients,
     ) -> Result<Option<Tensor>> {
-        let cotangents = self.vjp_attended(tape, dy, Wanted::Keys, inputs, lora)?;
+        let cotangents = self.vjp_attended(tape, dy, true, inputs, lora)?;
         if lora.ends_at(&self.path) {
             return Ok(None);
         }
@@ -127,23 +129,24 @@ impl Attention {
         &self,
         tape: &AttentionTape,
         dy: &Tensor,
-        wanted: Wanted,
+        of_keys: bool,
         inputs: impl FnOnce() -> Result<Inputs>,
         lora: &mut LoraGradients,
     ) -> Result<Cotangents<Tensor>> {
         let with_lora = lora.wants(&self.path);
-        let wanted = if with_lora { Wanted::Attended } else { wanted };
-        let cotangents = self.attended(tape).vjp(&self.to_out.vjp(dy)?, wanted)?;
+        let AttentionTape { queries, keys_values, attention } = tape;
+        let attended = self.attended(queries, keys_values);
+        let cotangents = attended.vjp(attention, &self.to_out.vjp(dy)?, of_keys || with_lora)?;
         if with_lora {
-            let Cotangents { q, kv: Some((k, v)), attended: Some(attended) } = &cotangents else {
-                unreachable!("all of them are asked for");
+            let Cotangents { q, kv: Some((k, v)) } = &cotangents else {
+                unreachable!("they are asked for");
             };
             let Inputs { x, context } = inputs()?;
             let module = |name: &str| format!("{}.{name}", self.path);
             lora.add(&module("to_q"), &x, q)?;
             lora.add(&module("to_k"), &context, k)?;
             lora.add(&module("to_v"), &context, v)?;
-            lora.add(&module("to_out.0"), attended, dy)?;
+            lora.add(&module("to_out.0"), &attention.y, dy)?;
         }
         Ok(cotangents)
     }

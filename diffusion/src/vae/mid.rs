@@ -70,7 +70,7 @@ impl SpatialAttention {
         let tokens = self.norm.forward(x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
         let [q, k, v] = [&self.query, &self.key, &self.value].map(|projection| projection.forward(&tokens));
         let attended = Attended { q: &q?, k: &k?, v: &v?, heads: 1, upcast: false };
-        let y = self.out.forward(&attended.attend()?)?;
+        let y = self.out.forward(&attended.attend()?.y)?;
         Ok((y.transpose(1, 2)?.contiguous()?.reshape(x.shape())? + x)?)
     }
 }

@@ -141,7 +141,7 @@ impl CustomOp3 for Attention {
     ) -> Result<(CpuStorage, Shape)> {
         let sizes = self.sizes(q_layout.shape(), k_layout.shape())?;
         let qkv = (values(q, q_layout)?, values(k, k_layout)?, values(v, v_layout)?);
-        Ok((CpuStorage::F32(kernels::attend_heads(qkv, sizes)), q_layout.shape().clone()))
+        Ok((CpuStorage::F32(kernels::attend_heads(qkv, sizes).0), q_layout.shape().clone()))
     }
 
     fn bwd(
@@ -149,15 +149,15 @@ impl CustomOp3 for Attention {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let sizes = self.sizes(q.shape(), k.shape())?;
         let dy = dy.contiguous()?;
-        let found = with_values([q, k, v, &dy], |[q, k, v, dy]| {
-            kernels::attend_heads_vjp((q, k, v), dy, sizes, kernels::Wanted::Keys)
+        let found = with_values([q, k, v, y, &dy], |[q, k, v, y, dy]| {
+            kernels::attend_heads_vjp((q, k, v), (y, None), dy, sizes, true)
         })?;
-        let kernels::Cotangents { q: dq, kv: Some((dk, dv)), .. } = found else {
+        let kernels::Cotangents { q: dq, kv: Some((dk, dv)) } = found else {
             unreachable!("the keys' are asked for")
         };
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);

@@ -1,28 +1,48 @@
+use pulp::Simd;
+
+use super::simd::Vectors;
+
+const LOG2_E: f32 = std::f32::consts::LOG2_E;
+/// ln 2 in two parts, the first exact in few bits, so that a small integer times it is exact.
+const LN_2_HIGH: f32 = 0.693_359_4;
+const LN_2_LOW: f32 = -2.121_944_4e-4;
+/// 1.5 * 2^23: adding and taking it away rounds to the nearest integer. And the bias of exponents, so that the sum's last bits are the
+/// exponent of a power of two.
+const MAGIC: f32 = 12_582_912. + 127.;
+/// 2^-126 to 2^127: the powers of two that are f32.
+const LEAST: f32 = -87.3;
+const MOST: f32 = 88.;
+/// Of the polynomial for `e^r`, from `r^7` down to `r^2` (Cephes' `expf`).
+const COEFFICIENTS: [f32; 6] =
+    [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5e-1];
+
 /// `e^x` to within 2 units in the last place, of operations that the compiler turns into vectors; about 1e-38 far below,
-/// about 2e38 far above. `e^x = 2^n e^r` with |r| <= ln 2 / 2 and a polynomial for `e^r` (Cephes' `expf`).
+/// about 2e38 far above. `e^x = 2^n e^r` with |r| <= ln 2 / 2 and a polynomial for `e^r`.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    // ln 2 in two parts, the first exact in few bits, so that n times it is exact.
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    // Rounds to the nearest integer by adding and taking away 1.5 * 2^23.
-    const MAGIC: f32 = 12_582_912.;
-    // 2^-126 to 2^127: the powers of two that are f32.
-    let x = x.clamp(-87.3, 88.);
+    let x = x.clamp(LEAST, MOST);
     let shifted = x * LOG2_E + MAGIC;
     let n = shifted - MAGIC;
     let r = x - n * LN_2_HIGH - n * LN_2_LOW;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_2e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_6e-1;
-    p = p * r + 5e-1;
-    p = p * r * r + r + 1.;
-    // The shifted number's low bits are n; a cast would ask for NaN first.
-    let exponent = shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127);
-    p * f32::from_bits(exponent << 23)
+    let p = COEFFICIENTS[1..].iter().fold(COEFFICIENTS[0], |p, c| p * r + c) * r * r + r + 1.;
+    p * f32::from_bits(shifted.to_bits() << 23)
+}
+
+/// [`exp`] of a vector.
+#[inline(always)]
+pub(super) fn exp_vector<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // In this order, NaN stays NaN: the second operand is what remains.
+    let x = simd.min_f32s(simd.splat_f32s(MOST), simd.max_f32s(simd.splat_f32s(LEAST), x));
+    let shifted = simd.scaled_plus(LOG2_E, x, simd.splat_f32s(MAGIC));
+    let n = simd.sub_f32s(shifted, simd.splat_f32s(MAGIC));
+    let r = simd.scaled_plus(-LN_2_LOW, n, simd.scaled_plus(-LN_2_HIGH, n, x));
+    let mut p = simd.splat_f32s(COEFFICIENTS[0]);
+    for i in 1..COEFFICIENTS.len() {
+        p = simd.mul_add_f32s(p, r, simd.splat_f32s(COEFFICIENTS[i]));
+    }
+    let p = simd.mul_add_f32s(simd.mul_f32s(p, r), r, simd.add_f32s(r, simd.splat_f32s(1.)));
+    let power = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    simd.mul_f32s(p, simd.transmute_f32s_u32s(power))
 }
 
 /// `1 / (1 + e^-x)`.
@@ -49,15 +69,36 @@ pub(super) fn normal(x: f32) -> (f32, f32) {
 mod tests {
     use super::*;
 
+    /// By vectors of whatever width.
+    fn by_vectors(x: f32) -> f32 {
+        struct One(f32);
+        impl pulp::WithSimd for One {
+            type Output = f32;
+
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, simd: S) -> f32 {
+                let mut values = [0f32; 16];
+                // SAFETY: the widest vectors have sixteen values.
+                unsafe { simd.store(values.as_mut_ptr(), exp_vector(simd, simd.splat_f32s(self.0))) };
+                values[0]
+            }
+        }
+        super::super::simd::widest(One(x))
+    }
+
     #[test]
     fn near_the_real_one() {
-        for i in -8700..8800 {
-            let x = i as f32 / 100.;
-            let expected = f64::from(x).exp();
-            assert!((f64::from(exp(x)) / expected - 1.).abs() < 2.5e-7, "{x}: {} is not {expected}", exp(x));
+        for exp in [exp, by_vectors] {
+            for i in -8700..8800 {
+                let x = i as f32 / 100.;
+                let expected = f64::from(x).exp();
+                assert!((f64::from(exp(x)) / expected - 1.).abs() < 2.5e-7, "{x}: {} is not {expected}", exp(x));
+            }
+            assert!(exp(-1e9) < 2e-38 && exp(1e9) > 1.6e38 && exp(f32::NAN).is_nan());
+            assert!(exp(f32::NEG_INFINITY) < 2e-38 && exp(f32::INFINITY) > 1.6e38);
+            assert_eq!(exp(0.), 1.);
         }
-        assert!(exp(-1e9) < 2e-38 && exp(1e9) > 1.6e38 && exp(f32::NAN).is_nan());
-        assert_eq!((exp(0.), sigmoid(0.)), (1., 0.5));
+        assert_eq!(sigmoid(0.), 0.5);
     }
 
     /// Table 26.1 of Abramowitz and Stegun.

@@ -21,7 +21,7 @@ use std::ops::Deref;
 
 use candle_core::{CpuStorage, Device, Shape, Storage, Tensor};
 
-pub use attention::{AttentionSizes, Cotangents, Wanted, attend_heads, attend_heads_vjp};
+pub use attention::{AttentionSizes, Cotangents, attend_heads, attend_heads_vjp};
 pub(super) use attention::{attend, attend_vjp};
 pub(super) use conv::{conv3x3, conv3x3_vjp};
 pub(super) use geglu::{geglu, geglu_vjp};
@@ -207,33 +207,41 @@ mod tests {
 
     #[test]
     fn attention() {
-        // The last two in several blocks of rows, the last block shorter, and in blocks of the fewest rows.
-        for (queries, keys) in [(5, 7), (40, 64), (3, 1), (300, 500), (70, 5000)] {
+        // The last two in several blocks of queries and of keys, the last of each shorter.
+        for (queries, keys) in [(5, 7), (40, 64), (3, 2), (300, 500), (97, 5000)] {
             let all = [queries, keys, keys, queries].map(|tokens| values(tokens as u64, (3, tokens, 8)));
             let narrow = all.each_ref().map(single);
-            let attended = |all: &[Tensor; 4], wanted: Wanted| {
+            let attended = |all: &[Tensor; 4], of_keys: bool| {
                 let [q, k, v, dy] = all;
                 let attended = Attended { q, k, v, heads: 2, upcast: false };
-                (attended.attend().unwrap(), attended.vjp(dy, wanted).unwrap())
+                let attention = attended.attend().unwrap();
+                let vjp = attended.vjp(&attention, dy, of_keys).unwrap();
+                (attention.y, vjp)
             };
-            for wanted in [Wanted::Queries, Wanted::Keys, Wanted::Attended] {
-                let ((narrow_y, narrow_vjp), (y, vjp)) = (attended(&narrow, wanted), attended(&all, wanted));
-                for vjp in [&narrow_vjp, &vjp] {
-                    let has = (vjp.kv.is_some(), vjp.attended.is_some());
-                    assert_eq!(has, (wanted >= Wanted::Keys, wanted >= Wanted::Attended));
-                }
+            for of_keys in [false, true] {
+                let ((narrow_y, narrow_vjp), (y, vjp)) = (attended(&narrow, of_keys), attended(&all, of_keys));
                 same("the queries' gradient", Ok(narrow_vjp.q), Ok(vjp.q));
+                assert_eq!((narrow_vjp.kv.is_some(), vjp.kv.is_some()), (of_keys, of_keys));
                 if let (Some((narrow_dk, narrow_dv)), Some((dk, dv))) = (narrow_vjp.kv, vjp.kv) {
                     same("the keys' gradient", Ok(narrow_dk), Ok(dk));
                     same("the values' gradient", Ok(narrow_dv), Ok(dv));
                 }
-                if let (Some(narrow_again), Some(again)) = (narrow_vjp.attended, vjp.attended) {
-                    same("the result again", Ok(narrow_again), Ok(y.clone()));
-                    assert_values(&again, &numbers(&y), 1e-14);
-                }
                 same("attention", Ok(narrow_y), Ok(y));
             }
         }
+    }
+
+    /// Whatever the queries, all weight is on it: their gradient is zero but for rounding.
+    #[test]
+    fn attention_to_a_single_key() {
+        let [q, k, v, dy] = [3, 1, 1, 3].map(|tokens| single(&values(tokens as u64, (1, tokens, 8))));
+        let attended = Attended { q: &q, k: &k, v: &v, heads: 2, upcast: false };
+        let attention = attended.attend().unwrap();
+        assert_values(&attention.y, &numbers(&v).repeat(3), TOLERANCE);
+        let vjp = attended.vjp(&attention, &dy, true).unwrap();
+        assert!(numbers(&vjp.q).iter().all(|d| d.abs() < 1e-6));
+        let (_, dv) = vjp.kv.unwrap();
+        same("the value's gradient", Ok(dv), dy.to_dtype(DType::F64).unwrap().sum_keepdim(1).map_err(Into::into));
     }
 
     #[test]

@@ -32,6 +32,16 @@ impl<'a> Matrix<'a> {
         self.rows
     }
 
+    pub(super) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Of a matrix that is not a transpose.
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        assert!(self.column_stride == 1 && row < self.rows, "row {row} of {}", self.rows);
+        &self.values[row * self.row_stride..][..self.columns]
+    }
+
     pub(super) fn t(self) -> Self {
         Self {
             rows: self.columns,

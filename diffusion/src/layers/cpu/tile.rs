@@ -10,7 +10,16 @@ pub(super) const ROWS: usize = 12;
 /// Vectors in a row of a tile, at most.
 pub(super) const VECTORS: usize = 2;
 
-/// `a b`, written to `ROWS` rows of `c`: a panel of a is `[depth, ROWS]`, one of b `[depth, width]`, and a row of c has `width`
+/// Columns of a matrix in panels: the first and the width of each, [`VECTORS`] vectors, or one where that is enough at the end.
+/// Together they are as many columns as fill whole vectors. A panel of `depth` rows begins `first * depth` values after the first
+/// panel does.
+#[inline(always)]
+pub(super) fn panels(columns: usize, lanes: usize) -> impl Iterator<Item = (usize, usize)> {
+    let widest = VECTORS * lanes;
+    (0..columns).step_by(widest).map(move |first| (first, if columns - first <= lanes { lanes } else { widest }))
+}
+
+/// `a b`, written to `ROWS` rows of `c`: one of a's panels, `[depth, ROWS]`, by one of b's, `[depth, width]`; a row of c has `width`
 /// values, where `width` is one vector or [`VECTORS`].
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
@@ -24,22 +33,34 @@ pub(super) struct Tile {
 }
 
 impl Tile {
+    /// Where a is a panel.
+    ///
     /// # Safety
     /// The panels and rows lie in memory as described, and nobody else uses those of `c`.
     #[inline(always)]
     pub(super) unsafe fn multiply<S: Simd>(self, simd: S, width: usize) {
+        // SAFETY: the caller's.
+        unsafe { self.multiply_by::<S, 1, ROWS>(simd, width) }
+    }
+
+    /// Where a's rows are `ROW` values apart, and the values of a row `DEPTH`.
+    ///
+    /// # Safety
+    /// As of [`Self::multiply`].
+    #[inline(always)]
+    pub(super) unsafe fn multiply_by<S: Simd, const ROW: usize, const DEPTH: usize>(self, simd: S, width: usize) {
         // SAFETY: the caller's. Sums, a row of b and one value of a fill the registers: 12 times 2 and 3 of 32, 6 times 2 and 3 of 16.
         unsafe {
             match (width == S::F32_LANES, S::REGISTER_COUNT >= 32) {
-                (true, true) => self.rows::<S, ROWS, 1>(simd, 0),
-                (false, true) => self.rows::<S, ROWS, VECTORS>(simd, 0),
+                (true, true) => self.rows::<S, ROW, DEPTH, ROWS, 1>(simd, 0),
+                (false, true) => self.rows::<S, ROW, DEPTH, ROWS, VECTORS>(simd, 0),
                 (true, false) => {
-                    self.rows::<S, { ROWS / 2 }, 1>(simd, 0);
-                    self.rows::<S, { ROWS / 2 }, 1>(simd, ROWS / 2);
+                    self.rows::<S, ROW, DEPTH, { ROWS / 2 }, 1>(simd, 0);
+                    self.rows::<S, ROW, DEPTH, { ROWS / 2 }, 1>(simd, ROWS / 2);
                 }
                 (false, false) => {
-                    self.rows::<S, { ROWS / 2 }, VECTORS>(simd, 0);
-                    self.rows::<S, { ROWS / 2 }, VECTORS>(simd, ROWS / 2);
+                    self.rows::<S, ROW, DEPTH, { ROWS / 2 }, VECTORS>(simd, 0);
+                    self.rows::<S, ROW, DEPTH, { ROWS / 2 }, VECTORS>(simd, ROWS / 2);
                 }
             }
         }
@@ -47,24 +68,28 @@ impl Tile {
 
     /// `R` rows from `first` on, of `V` vectors.
     #[inline(always)]
-    unsafe fn rows<S: Simd, const R: usize, const V: usize>(self, simd: S, first: usize) {
+    unsafe fn rows<S: Simd, const ROW: usize, const DEPTH: usize, const R: usize, const V: usize>(
+        self,
+        simd: S,
+        first: usize,
+    ) {
         let lanes = S::F32_LANES;
         let mut sums = [[simd.splat_f32s(0.); V]; R];
         // SAFETY: the caller's.
         unsafe {
-            let (mut a, mut b) = (self.a.add(first), self.b);
+            let (mut a, mut b) = (self.a.add(first * ROW), self.b);
             for _ in 0..self.depth {
                 let mut row = [simd.splat_f32s(0.); V];
                 for j in 0..V {
                     row[j] = simd.load(b.add(j * lanes));
                 }
                 for i in 0..R {
-                    let value = simd.splat_f32s(*a.add(i));
+                    let value = simd.splat_f32s(*a.add(i * ROW));
                     for j in 0..V {
                         sums[i][j] = simd.mul_add_f32s(value, row[j], sums[i][j]);
                     }
                 }
-                (a, b) = (a.add(ROWS), b.add(V * lanes));
+                (a, b) = (a.add(DEPTH), b.add(V * lanes));
             }
             for i in 0..R {
                 for j in 0..V {
