@@ -4,6 +4,7 @@
 //! Everything runs on the device and in the dtype that a model was loaded with. Weights are memory-mapped while they are
 //! read: a checkpoint must not be rewritten while it is being loaded.
 
+mod allocator;
 mod checkpoint;
 mod config;
 mod device;
@@ -27,6 +28,7 @@ pub mod kernels {
     pub use crate::layers::kernels::*;
 }
 
+pub use allocator::{TensorAllocator, release_memory};
 pub use checkpoint::{Checkpoint, RawTensor, Scope};
 pub use config::weights_file;
 pub use device::{device, dtype};

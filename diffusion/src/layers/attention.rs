@@ -69,7 +69,8 @@ impl Attended<'_> {
         }
         let [q, k, v, dy] = [q, k, v, &dy].map(|t| split_heads(t, heads));
         let Cotangents { q, kv } = attend_vjp_by(BLOCK, (&q?, &k?, &v?), &dy?, upcast, of_keys)?;
-        let merged = |(dk, dv): (Tensor, Tensor)| Ok::<_, crate::Error>((merge_heads(&dk, heads)?, merge_heads(&dv, heads)?));
+        let merged =
+            |(dk, dv): (Tensor, Tensor)| Ok::<_, crate::Error>((merge_heads(&dk, heads)?, merge_heads(&dv, heads)?));
         Ok(Cotangents { q: merge_heads(&q, heads)?, kv: kv.map(merged).transpose()? })
     }
 }

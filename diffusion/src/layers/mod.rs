@@ -26,7 +26,7 @@ pub(crate) use embedding::TimestepEmbedding;
 pub use embedding::timestep_sinusoid;
 pub(crate) mod kernels {
     pub use super::cpu::{
-        AttentionSizes, Cotangents, attend_heads, attend_heads_vjp, layer_norm_rows,
+        AttentionSizes, Bias, Convolution, Cotangents, Kernel, attend_heads, attend_heads_vjp, layer_norm_rows,
         layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, softmax_rows, softmax_rows_vjp,
     };
 }

@@ -157,9 +157,7 @@ impl CustomOp3 for Attention {
         let found = with_values([q, k, v, y, &dy], |[q, k, v, y, dy]| {
             kernels::attend_heads_vjp((q, k, v), (y, None), dy, sizes, true)
         })?;
-        let kernels::Cotangents { q: dq, kv: Some((dk, dv)) } = found else {
-            unreachable!("the keys' are asked for")
-        };
+        let kernels::Cotangents { q: dq, kv: Some((dk, dv)) } = found else { unreachable!("the keys' are asked for") };
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
         Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
     }

@@ -13,8 +13,7 @@ const MAGIC: f32 = 12_582_912. + 127.;
 const LEAST: f32 = -87.3;
 const MOST: f32 = 88.;
 /// Of the polynomial for `e^r`, from `r^7` down to `r^2` (Cephes' `expf`).
-const COEFFICIENTS: [f32; 6] =
-    [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5e-1];
+const COEFFICIENTS: [f32; 6] = [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5e-1];
 
 /// `e^x` to within 2 units in the last place, of operations that the compiler turns into vectors; about 1e-38 far below,
 /// about 2e38 far above. `e^x = 2^n e^r` with |r| <= ln 2 / 2 and a polynomial for `e^r`.

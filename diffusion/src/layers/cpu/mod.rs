@@ -33,6 +33,7 @@ pub use norm::{layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_
 pub(super) use softmax::{softmax, softmax_vjp};
 pub use softmax::{softmax_rows, softmax_rows_vjp};
 pub(super) use transpose::transpose_last;
+pub use winograd::{Bias, Convolution, Kernel};
 
 use crate::Result;
 

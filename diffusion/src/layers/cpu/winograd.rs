@@ -8,13 +8,15 @@
 //! Tiles are counted over the batch, in rows, and lie next to each other in vectors. The inputs' transforms are made once; the
 //! kernel's, four times the size of the weights, a piece at a time, which the cache keeps while it is multiplied.
 
+use std::ops::Range;
+
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::LEAST;
 use super::memory::{Shared, written};
 use super::product::Before;
-use super::simd::{Vectors, lanes, widest};
+use super::simd::{Vectors, lanes, prefetch, widest};
 use super::tile::{ROWS, Tile, VECTORS};
 
 /// Outputs on a side of a tile, inputs on a side of what it sees, and elements of its transform.
@@ -26,8 +28,10 @@ const TAPS: usize = 9;
 /// Input channels that are multiplied at a time.
 const DEPTH: usize = 64;
 /// Output channels of a task, at most, and panels of tiles: what it sums up, 36 values for each of both, stays in the cache.
-const OUTPUTS: usize = 96;
+const OUTPUTS: usize = 72;
 const PANELS: usize = 2;
+/// Values of the inputs' transforms that are made at a time, at most: 16 MB.
+const TRANSFORMED: usize = 1 << 22;
 
 /// The finite points other than 0 are `+-P` and `+-Q`.
 const P: f32 = 0.625;
@@ -83,7 +87,7 @@ fn transform_output<S: Simd>(simd: S, m: [S::f32s; IN]) -> [S::f32s; OUT] {
 
 /// A kernel where it lies in memory.
 #[derive(Clone, Copy)]
-pub(super) struct Kernel<'a> {
+pub struct Kernel<'a> {
     values: &'a [f32],
     /// From an output channel to the next, and from an input channel to the next.
     strides: (usize, usize),
@@ -93,12 +97,12 @@ pub(super) struct Kernel<'a> {
 
 impl<'a> Kernel<'a> {
     /// `[out, in, 3, 3]`.
-    pub(super) fn new(values: &'a [f32], inputs: usize) -> Self {
+    pub fn new(values: &'a [f32], inputs: usize) -> Self {
         Self { values, strides: (inputs * TAPS, TAPS), flipped: false }
     }
 
     /// The kernel `[out, in, 3, 3]` of a convolution seen as its adjoint's, which takes `out` channels to `in`.
-    pub(super) fn adjoint(values: &'a [f32], inputs: usize) -> Self {
+    pub fn adjoint(values: &'a [f32], inputs: usize) -> Self {
         Self { values, strides: (TAPS, inputs * TAPS), flipped: true }
     }
 
@@ -107,11 +111,26 @@ impl<'a> Kernel<'a> {
         self.values[at..].first_chunk().expect("a kernel of nine taps")
     }
 
+    /// Asks for a `1 / parts` of what [`Self::gather`] will read.
+    #[inline(always)]
+    fn prefetch(&self, outputs: &Range<usize>, inputs: &Range<usize>, part: usize, parts: usize) {
+        // Taps of an output lie in a row, or those of an input do.
+        let (rows, in_row, strides) = match self.flipped {
+            false => (outputs, inputs, self.strides),
+            true => (inputs, outputs, (self.strides.1, self.strides.0)),
+        };
+        let first = self.values.as_ptr().wrapping_add(in_row.start * strides.1);
+        let each = rows.len().div_ceil(parts);
+        for row in (part * each..(part + 1) * each).filter(|row| *row < rows.len()) {
+            prefetch(first.wrapping_add((rows.start + row) * strides.0), in_row.len() * TAPS, 0, 1);
+        }
+    }
+
     /// `[TAPS, inputs, ROWS]` of up to `ROWS` outputs, zeros for those that there are not, each tap's in its own `plane` values.
     #[inline(always)]
-    fn gather(&self, outputs: std::ops::Range<usize>, inputs: std::ops::Range<usize>, plane: usize, g: &mut [f32]) {
+    fn gather(&self, outputs: &Range<usize>, inputs: &Range<usize>, plane: usize, g: &mut [f32]) {
         const GROUP: usize = 4;
-        for (k, input) in inputs.enumerate() {
+        for (k, input) in inputs.clone().enumerate() {
             for group in 0..ROWS / GROUP {
                 let mut rows = [&[0.; TAPS]; GROUP];
                 for (i, row) in rows.iter_mut().enumerate() {
@@ -132,25 +151,27 @@ impl<'a> Kernel<'a> {
 
 /// What is added to every pixel of a channel.
 #[derive(Clone, Copy)]
-pub(super) struct Bias<'a> {
-    pub(super) values: &'a [f32],
+pub struct Bias<'a> {
+    /// `[outputs]` or `[batch, outputs]`.
+    pub values: &'a [f32],
     /// From one item to the next: 0 where all have the same.
-    pub(super) stride: usize,
+    pub stride: usize,
 }
 
 /// `[batch, inputs, height, width]` to `[batch, outputs, height, width]`, nothing of it empty.
 #[derive(Clone, Copy)]
-pub(super) struct Convolution<'a> {
-    pub(super) x: &'a [f32],
-    pub(super) kernel: Kernel<'a>,
-    pub(super) bias: Option<Bias<'a>>,
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Convolution<'a> {
+    pub x: &'a [f32],
+    pub kernel: Kernel<'a>,
+    pub bias: Option<Bias<'a>>,
     /// Of the result's shape, to be added.
-    pub(super) residual: Option<&'a [f32]>,
-    pub(super) batch: usize,
-    pub(super) inputs: usize,
-    pub(super) outputs: usize,
-    pub(super) height: usize,
-    pub(super) width: usize,
+    pub residual: Option<&'a [f32]>,
+    pub batch: usize,
+    pub inputs: usize,
+    pub outputs: usize,
+    pub height: usize,
+    pub width: usize,
 }
 
 impl Convolution<'_> {
@@ -177,14 +198,32 @@ impl Convolution<'_> {
         (tile / (rows * columns), tile / columns % rows, tile % columns)
     }
 
-    pub(super) fn compute(&self) -> Vec<f32> {
-        let panel = if self.tiles() <= lanes() { lanes() } else { VECTORS * lanes() };
-        let panels = Panels { width: panel, count: self.tiles().div_ceil(panel), inputs: self.inputs };
+    /// The result. Panics where lengths do not fit each other.
+    pub fn compute(&self) -> Vec<f32> {
+        let (pixels, pairs) = (self.batch * self.height * self.width, self.inputs * self.outputs);
+        assert!(pixels * pairs > 0 && self.x.len() == pixels * self.inputs, "{} values", self.x.len());
+        assert_eq!(self.kernel.values.len(), pairs * TAPS, "values of a kernel");
+        assert!(self.residual.is_none_or(|residual| residual.len() == pixels * self.outputs), "values of a residual");
+        let width = if self.tiles() <= lanes() { lanes() } else { VECTORS * lanes() };
+        let panels = self.tiles().div_ceil(width);
+        let at_once = (TRANSFORMED / (ELEMENTS * self.inputs * width)).max(1).next_multiple_of(PANELS);
+        let convolve = |y: &Shared| {
+            for first in (0..panels).step_by(at_once) {
+                let tiles = first * width..self.tiles().min((first + at_once) * width);
+                self.convolve(Panels { width, count: at_once.min(panels - first), inputs: self.inputs }, tiles, y);
+            }
+        };
+        // SAFETY: every output's pixels of all tiles are written.
+        unsafe { written(self.batch * self.outputs * self.height * self.width, convolve) }
+    }
+
+    /// Writes the pixels of some tiles, as many as the panels hold.
+    fn convolve(&self, panels: Panels, tiles: Range<usize>, y: &Shared) {
         let transform = |v: &Shared| {
-            let least = LEAST.div_ceil(self.tiles() * ELEMENTS);
+            let least = LEAST.div_ceil(tiles.len() * ELEMENTS);
             let channels = (0..self.inputs).into_par_iter().with_min_len(least);
             channels.for_each_init(Vec::new, |scratch, channel| {
-                widest(TransformInput { convolution: self, panels, channel, v, scratch });
+                widest(TransformInput { convolution: self, panels, tiles: tiles.clone(), channel, v, scratch });
             });
         };
         // SAFETY: every lane of every panel is written, channel by channel.
@@ -194,16 +233,20 @@ impl Convolution<'_> {
         let tasks = (2 * rayon::current_num_threads()).div_ceil(blocks).min(self.outputs.div_ceil(2 * ROWS));
         let chunk = self.outputs.div_ceil(self.outputs.div_ceil(OUTPUTS).max(tasks)).next_multiple_of(ROWS);
         let chunks = self.outputs.div_ceil(chunk);
-        let multiply = |y: &Shared| {
-            (0..blocks * chunks).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
-                let (first_panel, first_output) = (task / chunks * PANELS, task % chunks * chunk);
-                let panel_count = PANELS.min(panels.count - first_panel);
-                let outputs = first_output..self.outputs.min(first_output + chunk);
-                widest(Multiply { convolution: self, panels, v: &v, y, first_panel, panel_count, outputs, scratch });
+        (0..blocks * chunks).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+            let (first_panel, first_output) = (task / chunks * PANELS, task % chunks * chunk);
+            let first = tiles.start + first_panel * panels.width;
+            widest(Multiply {
+                convolution: self,
+                panels,
+                v: &v,
+                y,
+                in_group: first_panel..panels.count.min(first_panel + PANELS),
+                tiles: first..tiles.end.min(first + PANELS * panels.width),
+                outputs: first_output..self.outputs.min(first_output + chunk),
+                scratch,
             });
-        };
-        // SAFETY: tasks write the pixels of their own tiles and outputs, and together all of them.
-        unsafe { written(self.batch * self.outputs * self.height * self.width, multiply) }
+        });
     }
 }
 
@@ -222,9 +265,16 @@ impl Panels {
         self.count * ELEMENTS * self.inputs * self.width
     }
 
-    /// Channels in the block that begins with channel `first`.
+    /// Channels in the block that begins with channel `first`; none after the last.
     fn depth(self, first: usize) -> usize {
         DEPTH.min(self.inputs - first)
+    }
+
+    /// Asks for a `1 / parts` of a panel's block of channels.
+    #[inline(always)]
+    fn prefetch(self, v: &[f32], panel: usize, channels: &Range<usize>, part: usize, parts: usize) {
+        let first = v.as_ptr().wrapping_add((panel * self.inputs + channels.start) * ELEMENTS * self.width);
+        prefetch(first, channels.len() * ELEMENTS * self.width, part, parts);
     }
 
     /// Where the lanes of a channel begin.
@@ -235,10 +285,11 @@ impl Panels {
     }
 }
 
-/// Transforms one channel of all items.
+/// Transforms one channel of some tiles.
 struct TransformInput<'a> {
     convolution: &'a Convolution<'a>,
     panels: Panels,
+    tiles: Range<usize>,
     channel: usize,
     v: &'a Shared,
     scratch: &'a mut Vec<f32>,
@@ -249,7 +300,7 @@ impl WithSimd for TransformInput<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { convolution: c, panels, channel, v, scratch } = self;
+        let Self { convolution: c, panels, tiles, channel, v, scratch } = self;
         let (lanes, columns, pixels) = (S::F32_LANES, c.tiles_in_row(), c.height * c.width);
         // A line of the image with a zero before and zeros after it; every fourth pixel of that, from each of the first four
         // on, with one more to look ahead; and six lines transformed along the row.
@@ -259,55 +310,52 @@ impl WithSimd for TransformInput<'_> {
         scratch.resize(OUT * (columns + 1) + OUT * phase + ELEMENTS * whole, 0.);
         let (line, rest) = scratch.split_at_mut(OUT * (columns + 1));
         let (phases, along) = rest.split_at_mut(OUT * phase);
-        for item in 0..c.batch {
+        let mut tile = tiles.start;
+        while tile < tiles.end {
+            let (item, row, mut column) = c.place(tile);
             let image = &c.x[(item * c.inputs + channel) * pixels..][..pixels];
-            for row in 0..c.rows_of_tiles() {
-                for (i, along) in along.chunks_mut(IN * whole).enumerate() {
-                    let Some(source) = (OUT * row + i).checked_sub(1).filter(|source| *source < c.height) else {
-                        along.fill(0.);
-                        continue;
-                    };
-                    line[1..1 + c.width].copy_from_slice(&image[source * c.width..][..c.width]);
-                    take_phases(line, phases, phase);
-                    let (phases, along) = (phases.as_ptr(), along.as_mut_ptr());
-                    for t in (0..whole).step_by(lanes) {
-                        // SAFETY: a phase has one more vector than the line has, and `along` six lines of `whole` values.
-                        unsafe {
-                            let mut d = [simd.splat_f32s(0.); IN];
-                            for j in 0..IN {
-                                d[j] = simd.load(phases.add(j % OUT * phase + j / OUT + t));
-                            }
-                            let d = transform_input(simd, d);
-                            for j in 0..IN {
-                                simd.store(along.add(j * whole + t), d[j]);
-                            }
-                        }
-                    }
-                }
-                let first = (item * c.rows_of_tiles() + row) * columns;
-                let mut t = 0;
-                while t < columns {
-                    let (panel, lane) = ((first + t) / panels.width, (first + t) % panels.width);
-                    let count = lanes.min(columns - t).min(panels.width - lane);
-                    for j in 0..IN {
+            for (i, along) in along.chunks_mut(IN * whole).enumerate() {
+                let Some(source) = (OUT * row + i).checked_sub(1).filter(|source| *source < c.height) else {
+                    along.fill(0.);
+                    continue;
+                };
+                line[1..1 + c.width].copy_from_slice(&image[source * c.width..][..c.width]);
+                take_phases(line, phases, phase);
+                let (phases, along) = (phases.as_ptr(), along.as_mut_ptr());
+                for t in (0..whole).step_by(lanes) {
+                    // SAFETY: a phase has one more vector than the line has, and `along` six lines of `whole` values.
+                    unsafe {
                         let mut d = [simd.splat_f32s(0.); IN];
-                        for i in 0..IN {
-                            // SAFETY: `t` is below `whole` and, as the lanes of a panel are whole vectors, a vector may begin
-                            // anywhere: the line after the last has room, or is cut to what there is.
-                            d[i] = unsafe { load_up_to(simd, along, (i * IN + j) * whole + t) };
+                        for j in 0..IN {
+                            d[j] = simd.load(phases.add(j % OUT * phase + j / OUT + t));
                         }
                         let d = transform_input(simd, d);
-                        for i in 0..IN {
-                            let at = v.at(panels.at(panel, i * IN + j, channel) + lane);
-                            // SAFETY: `count` lanes of this panel from `lane` on, which belong to this channel's task.
-                            unsafe { store_up_to(simd, at, count, d[i]) };
+                        for j in 0..IN {
+                            simd.store(along.add(j * whole + t), d[j]);
                         }
                     }
-                    t += count;
                 }
             }
+            while column < columns && tile < tiles.end {
+                let (panel, lane) = ((tile - tiles.start) / panels.width, (tile - tiles.start) % panels.width);
+                let count = lanes.min(columns - column).min(panels.width - lane).min(tiles.end - tile);
+                for j in 0..IN {
+                    let mut d = [simd.splat_f32s(0.); IN];
+                    for i in 0..IN {
+                        // SAFETY: a place in the line, before its end.
+                        d[i] = unsafe { load_up_to(simd, along, (i * IN + j) * whole + column) };
+                    }
+                    let d = transform_input(simd, d);
+                    for i in 0..IN {
+                        let at = v.at(panels.at(panel, i * IN + j, channel) + lane);
+                        // SAFETY: `count` lanes of this panel from `lane` on, which belong to this channel's task.
+                        unsafe { store_up_to(simd, at, count, d[i]) };
+                    }
+                }
+                (tile, column) = (tile + count, column + count);
+            }
         }
-        let (panel, used) = (c.tiles() / panels.width, c.tiles() % panels.width);
+        let (panel, used) = (tiles.len() / panels.width, tiles.len() % panels.width);
         if used > 0 {
             for element in 0..ELEMENTS {
                 for lane in used..panels.width {
@@ -371,15 +419,16 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
-/// Some outputs of some panels of tiles.
+/// Some outputs of some tiles.
 struct Multiply<'a> {
     convolution: &'a Convolution<'a>,
     panels: Panels,
     v: &'a [f32],
     y: &'a Shared,
-    first_panel: usize,
-    panel_count: usize,
-    outputs: std::ops::Range<usize>,
+    /// The panels that the tiles are in.
+    in_group: Range<usize>,
+    tiles: Range<usize>,
+    outputs: Range<usize>,
     scratch: &'a mut Scratch,
 }
 
@@ -388,36 +437,44 @@ impl WithSimd for Multiply<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { convolution: c, panels, v, y, first_panel, panel_count, outputs, scratch } = self;
-        let width = panel_count * panels.width;
+        let Self { convolution: c, panels, v, y, in_group, tiles, outputs, scratch } = self;
+        let width = in_group.len() * panels.width;
         let rows = outputs.len().next_multiple_of(ROWS);
         let plane = (DEPTH * ROWS).next_multiple_of(S::F32_LANES);
         scratch.taps.resize(TAPS * plane, 0.);
         scratch.kernel.resize(ELEMENTS * plane, 0.);
         scratch.sums.resize(ELEMENTS * rows * width, 0.);
+        let row_outputs = |row: usize| outputs.start + row..outputs.end.min(outputs.start + row + ROWS);
         for first in (0..c.inputs).step_by(DEPTH) {
-            let depth = panels.depth(first);
+            let inputs = first..first + panels.depth(first);
+            let next_inputs = inputs.end..inputs.end + panels.depth(inputs.end);
             let before = if first == 0 { Before::Replaced } else { Before::AddedTo };
             for row in (0..rows).step_by(ROWS) {
-                let of_panel = outputs.start + row..outputs.end.min(outputs.start + row + ROWS);
-                c.kernel.gather(of_panel, first..first + depth, plane, &mut scratch.taps);
+                c.kernel.gather(&row_outputs(row), &inputs, plane, &mut scratch.taps);
                 transform_taps(simd, &scratch.taps, &mut scratch.kernel, plane);
+                let next = match row + ROWS < rows {
+                    true => (row_outputs(row + ROWS), &inputs),
+                    false => (row_outputs(0), &next_inputs),
+                };
                 for element in 0..ELEMENTS {
-                    for panel in 0..panel_count {
-                        let b = &v[panels.at(first_panel + panel, element, first)..][..depth * panels.width];
-                        let sums = &mut scratch.sums[(element * rows + row) * width + panel * panels.width..];
+                    // What comes next is on its way from memory meanwhile.
+                    c.kernel.prefetch(&next.0, next.1, element, ELEMENTS);
+                    for (i, panel) in in_group.clone().enumerate() {
+                        let part = row / ROWS * ELEMENTS + element;
+                        panels.prefetch(v, panel, &next_inputs, part, rows / ROWS * ELEMENTS);
+                        let b = &v[panels.at(panel, element, first)..][..inputs.len() * panels.width];
+                        let a = &scratch.kernel[element * plane..][..inputs.len() * ROWS];
+                        let sums = &mut scratch.sums[(element * rows + row) * width + i * panels.width..];
                         assert!(sums.len() >= (ROWS - 1) * width + panels.width);
-                        let (a, b, c) = (&scratch.kernel[element * plane..][..depth * ROWS], b.as_ptr(), sums.as_mut_ptr());
+                        let (a, b, c) = (a.as_ptr(), b.as_ptr(), sums.as_mut_ptr());
                         // SAFETY: the lengths were looked at; a panel is one vector wide or two.
                         unsafe {
-                            Tile { depth, a: a.as_ptr(), b, c, stride: width, before }.multiply(simd, panels.width);
+                            Tile { depth: inputs.len(), a, b, c, stride: width, before }.multiply(simd, panels.width);
                         }
                     }
                 }
             }
         }
-        let first = first_panel * panels.width;
-        let tiles = first..c.tiles().min(first + width);
         for (row, output) in outputs.enumerate() {
             // SAFETY: the pixels of this output in these tiles are this task's.
             unsafe { c.write(simd, &scratch.sums[row * width..], rows * width, output, tiles.clone(), y) };
@@ -461,7 +518,7 @@ impl Convolution<'_> {
         sums: &[f32],
         plane: usize,
         output: usize,
-        tiles: std::ops::Range<usize>,
+        tiles: Range<usize>,
         y: &Shared,
     ) {
         const MOST_LANES: usize = 16;
@@ -496,7 +553,8 @@ impl Convolution<'_> {
                 let line = &line.as_flattened()[..width];
                 let at = ((item * self.outputs + output) * self.height + OUT * row + i) * self.width + OUT * column;
                 // SAFETY: the caller's: `width` pixels of this row, which are within the picture.
-                let pixels = unsafe { std::slice::from_raw_parts_mut(y.at(at).cast::<std::mem::MaybeUninit<f32>>(), width) };
+                let pixels =
+                    unsafe { std::slice::from_raw_parts_mut(y.at(at).cast::<std::mem::MaybeUninit<f32>>(), width) };
                 match self.residual {
                     None => pixels.iter_mut().zip(line).for_each(|(y, value)| _ = y.write(*value)),
                     Some(residual) => {

@@ -22,12 +22,7 @@ pub(super) fn padded(columns: usize, lanes: usize) -> usize {
 }
 
 /// `[rows, columns]` to panels of columns, times a factor; zeros in columns that there are not.
-pub(super) fn rows_in_panels(
-    rows: Matrix,
-    factor: f32,
-    panels: impl Iterator<Item = (usize, usize)>,
-    out: &mut [f32],
-) {
+pub(super) fn rows_in_panels(rows: Matrix, factor: f32, panels: impl Iterator<Item = (usize, usize)>, out: &mut [f32]) {
     for (first, width) in panels {
         let panel = &mut out[first * rows.rows()..][..width * rows.rows()];
         for (row, out) in panel.chunks_mut(width).enumerate() {

@@ -193,7 +193,8 @@ impl AttentionSizes {
     }
 
     fn check(self, (q, k, v): (&[f32], &[f32], &[f32])) {
-        let values = |tokens: usize| [tokens, self.heads, self.width].iter().try_fold(self.batch, |n, m| n.checked_mul(*m));
+        let values =
+            |tokens: usize| [tokens, self.heads, self.width].iter().try_fold(self.batch, |n, m| n.checked_mul(*m));
         let (of_queries, of_keys) = (values(self.queries), values(self.keys));
         assert!(of_queries.is_some_and(|n| n > 0) && of_keys.is_some_and(|n| n > 0), "{self:?}");
         assert_eq!([Some(q.len()), Some(k.len()), Some(v.len())], [of_queries, of_keys, of_keys], "{self:?}");

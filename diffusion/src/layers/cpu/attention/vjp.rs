@@ -1,3 +1,5 @@
+use std::mem::MaybeUninit;
+
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -69,16 +71,25 @@ pub fn attend_heads_vjp(
     let dq = unsafe { written(q.len(), segment) };
     let summed = |which: usize| {
         let add = |sum: &Shared| {
-            (0..sizes.all_heads()).into_par_iter().for_each(|head| {
-                let at = sizes.at_keys(head);
-                for (key, channel) in (0..sizes.keys).flat_map(|key| (0..sizes.width).map(move |i| (key, i))) {
-                    let of = |segment| partials[(2 * (head * segments + segment) + which) * partial..][key * width + channel];
-                    // SAFETY: a head's columns are no other's.
-                    unsafe { sum.at(at + key * sizes.channels() + channel).write((0..segments).map(of).sum()) };
+            // A token of all heads at a time.
+            (0..sizes.batch * sizes.keys).into_par_iter().with_min_len(64).for_each(|token| {
+                for head in 0..sizes.heads {
+                    let (first, key) = (token / sizes.keys * sizes.heads + head, token % sizes.keys);
+                    let at = token * sizes.channels() + head * sizes.width;
+                    // SAFETY: a token's channels are no other task's.
+                    let sum =
+                        unsafe { std::slice::from_raw_parts_mut(sum.at(at).cast::<MaybeUninit<f32>>(), sizes.width) };
+                    let of = |segment| &partials[(2 * (first * segments + segment) + which) * partial + key * width..];
+                    sum.iter_mut().zip(of(0)).for_each(|(sum, value)| _ = sum.write(*value));
+                    // SAFETY: every value was written.
+                    let sum = unsafe { std::slice::from_raw_parts_mut(sum.as_mut_ptr().cast::<f32>(), sizes.width) };
+                    for segment in 1..segments {
+                        sum.iter_mut().zip(of(segment)).for_each(|(sum, value)| *sum += value);
+                    }
                 }
             });
         };
-        // SAFETY: every key of every head is written.
+        // SAFETY: every channel of every token is written.
         unsafe { written(k.len(), add) }
     };
     Cotangents { q: dq, kv: of_keys.then(|| (summed(0), summed(1))) }
@@ -143,7 +154,9 @@ fn block_vjp<S: Simd>(
     let width = padded(sizes.width, lanes);
     let Scratch { query_columns, query_rows, dy_columns, dy_rows, p, ds, dq: sums } = scratch;
     let (q, dy, y) = (sizes.rows(inputs.q, block), sizes.rows(inputs.dy, block), sizes.rows(inputs.y, block));
-    for (columns, rows, source, factor) in [(&mut *query_columns, &mut *query_rows, q, sizes.scale()), (&mut *dy_columns, &mut *dy_rows, dy, 1.)] {
+    for (columns, rows, source, factor) in
+        [(&mut *query_columns, &mut *query_rows, q, sizes.scale()), (&mut *dy_columns, &mut *dy_rows, dy, 1.)]
+    {
         columns.resize(sizes.width * padded(block.count, lanes), 0.);
         columns_in_panels(source, factor, panels_of(block.count, lanes), columns);
         if kv.is_some() {
