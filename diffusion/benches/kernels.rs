@@ -141,6 +141,8 @@ fn convolutions(bench: &Bench) {
         (1280, 1280, 16, 2),
         (1280, 1280, 16, 1),
         (1280, 1280, 8, 2),
+        (1280, 1280, 8, 1),
+        (1280, 1280, 4, 1),
     ];
     for (inputs, outputs, side, batch) in all {
         let (inputs, outputs) = (bench.size(inputs), bench.size(outputs));
@@ -160,6 +162,7 @@ fn convolutions(bench: &Bench) {
                 outputs: to,
                 height: side,
                 width: side,
+                stride: 1,
             };
             let whose = if adjoint { "convolution's adjoint" } else { "convolution" };
             let what = format!("3x3 {whose}, {from} to {to}, {batch} of {side}x{side}");

@@ -10,7 +10,8 @@ pub(crate) struct Conv2d {
     kernel: Tensor,
     bias: Tensor,
     stride: usize,
-    /// What the input gradient convolves with; made at the first `vjp`, because most convolutions never need one.
+    /// What the input gradient convolves with, where no kernel of the CPU takes it as it is; made at the first `vjp`, because most
+    /// convolutions never need one.
     adjoint: OnceLock<Vec<Tensor>>,
 }
 
@@ -58,9 +59,7 @@ impl Conv2d {
     /// The gradient for an input of `height x width` from that of the output, `[B, out, ..]` to `[B, in, height, width]`.
     pub(crate) fn vjp(&self, dy: &Tensor, (height, width): (usize, usize)) -> Result<Tensor> {
         let dy = dy.contiguous()?;
-        if self.stride == 1
-            && let Some(dx) = cpu::conv3x3_vjp(&dy, &self.kernel)?
-        {
+        if let Some(dx) = cpu::conv3x3_vjp(&dy, &self.kernel, self.stride, (height, width))? {
             return Ok(dx);
         }
         if self.adjoint.get().is_none() {
@@ -70,10 +69,7 @@ impl Conv2d {
         }
         let kernels = self.adjoint.get().expect("set above");
         match &kernels[..] {
-            [flipped] => match cpu::conv3x3(&dy, flipped, None, None, 1)? {
-                Some(dx) => Ok(dx),
-                None => Ok(dy.conv2d(flipped, 1, 1, 1, 1)?),
-            },
+            [flipped] => Ok(dy.conv2d(flipped, 1, 1, 1, 1)?),
             phases => strided_vjp(&dy, phases, height, width),
         }
     }

@@ -85,17 +85,8 @@ pub(super) fn parallel_product(y: Option<Vec<f32>>, a: Matrix, b: Matrix) -> Vec
     }
 }
 
-/// [`product`] into rows that are `stride` apart.
-///
 /// # Safety
-/// Nothing else reads or writes these parts of the rows, all of which lie in one allocation, until it is done.
-pub(super) unsafe fn product_into(y: *mut f32, stride: usize, before: Before, scale: f32, a: Matrix, b: Matrix) {
-    // SAFETY: the caller's.
-    unsafe { multiply(y, stride, before, scale, a, b, Parallelism::None) };
-}
-
-/// # Safety
-/// As of [`product_into`].
+/// Nothing else reads or writes the rows of y, which are `y_stride` apart, until it is done.
 unsafe fn multiply(
     y: *mut f32,
     y_stride: usize,
