@@ -6,7 +6,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 
 /// To be a program's, or a shared library's, `#[global_allocator]`. Blocks of 64 kB and more are kept once they are freed, up to a
-/// gigabyte together; [`release_memory`] gives them back. Others, and all but on Linux, are the system's.
+/// gigabyte together, and never more than brings the memory to what was once in use; [`release_memory`] gives them back. Others, and all but on Linux, are the system's.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TensorAllocator;
 
@@ -111,12 +111,15 @@ mod kept {
     struct Kept {
         first: [*mut Block; CLASSES],
         bytes: usize,
+        /// Bytes of the blocks in use, and the most that they have been.
+        used: usize,
+        most_used: usize,
     }
 
     // SAFETY: nobody else has pointers to the blocks.
     unsafe impl Send for Kept {}
 
-    static KEPT: Mutex<Kept> = Mutex::new(Kept { first: [null_mut(); CLASSES], bytes: 0 });
+    static KEPT: Mutex<Kept> = Mutex::new(Kept { first: [null_mut(); CLASSES], bytes: 0, used: 0, most_used: 0 });
 
     fn kept() -> MutexGuard<'static, Kept> {
         KEPT.lock().unwrap_or_else(PoisonError::into_inner)
@@ -145,11 +148,19 @@ mod kept {
         /// A block, or null where the system has none, and whether it is new and zero.
         pub(super) fn alloc(self) -> (*mut u8, bool) {
             let mut kept = kept();
+            let used = kept.used.saturating_add(self.size);
             let block = kept.first[self.index];
             if block.is_null() {
-                drop(kept);
-                return (self.map(), true);
+                // What is kept of other sizes makes room.
+                let most_kept = kept.most_used.saturating_sub(used);
+                kept.release_down_to(most_kept);
+                let block = self.map();
+                if !block.is_null() {
+                    kept.count(used);
+                }
+                return (block, true);
             }
+            kept.count(used);
             // SAFETY: a kept block's first bytes are a `Block`.
             kept.first[self.index] = unsafe { (*block).next };
             kept.bytes -= self.size;
@@ -161,11 +172,8 @@ mod kept {
         /// # Safety
         /// The block is of this class, and nobody uses it.
         pub(super) unsafe fn free(self, block: *mut u8) {
-            if self.size > MOST_KEPT {
-                // SAFETY: the caller's.
-                return unsafe { self.unmap(block) };
-            }
             let mut kept = kept();
+            kept.used -= self.size;
             let block = block.cast::<Block>();
             // SAFETY: the caller's; a block is large enough and aligned to more.
             unsafe { block.write(Block { next: kept.first[self.index] }) };
@@ -209,6 +217,11 @@ mod kept {
     }
 
     impl Kept {
+        fn count(&mut self, used: usize) {
+            self.used = used;
+            self.most_used = self.most_used.max(used);
+        }
+
         /// Gives back the largest blocks, until no more than `bytes` are kept.
         fn release_down_to(&mut self, bytes: usize) {
             for (index, first) in self.first.iter_mut().enumerate().rev() {
@@ -277,7 +290,8 @@ mod kept {
         #[test]
         fn the_largest_go_first() {
             let (small, large) = (class(1 << 20), class(3 << 20));
-            let mut kept = Kept { first: [null_mut(); CLASSES], bytes: small.size + large.size };
+            let bytes = small.size + large.size;
+            let mut kept = Kept { first: [null_mut(); CLASSES], bytes, used: 0, most_used: bytes };
             for class in [small, large] {
                 kept.first[class.index] = class.map().cast();
                 // SAFETY: a block of our own.

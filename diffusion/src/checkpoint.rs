@@ -190,7 +190,11 @@ impl Checkpoint {
             let stored = self.view.as_ref().and_then(|view| view.get(name));
             let stored_name = stored.map_or(name, |stored| &stored.name);
             let mut tensor = match &self.source {
-                Source::Mapped(file) => file.load(stored_name, &Device::Cpu)?,
+                Source::Mapped(file) => {
+                    let tensor = file.load(stored_name, &Device::Cpu)?;
+                    let_go(file.get(stored_name)?.data());
+                    tensor
+                }
                 Source::Loaded(tensors) => tensors[stored_name].clone(),
             };
             if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
@@ -215,6 +219,22 @@ impl Checkpoint {
             Err(error) => Err(Error::file(&self.path, format!("tensor `{name}`: {error}"))),
         }
     }
+}
+
+/// Tells the system that a part of a mapped file, of which there is a copy now, need not stay in memory: or a program that has loaded
+/// its weights would seem to hold them twice. It is read again if it is looked at again.
+fn let_go(data: &[u8]) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: whole pages of a mapping of a file, which nothing writes to; the system may drop and read them as it likes.
+    unsafe {
+        let page = libc::sysconf(libc::_SC_PAGESIZE).max(1) as usize;
+        let skipped = data.as_ptr().align_offset(page);
+        if let Some(whole) = data.len().checked_sub(skipped).map(|rest| rest / page * page).filter(|whole| *whole > 0) {
+            libc::madvise(data.as_ptr().add(skipped).cast_mut().cast(), whole, libc::MADV_DONTNEED);
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = data;
 }
 
 /// A tensor as it is stored in a file.

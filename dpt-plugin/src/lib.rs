@@ -23,6 +23,7 @@ mod text;
 pub use adapter::{Adapter, AdapterSizes, Draw, Dropout, Grounding, SizeHints};
 pub use config::{Config, GradientSource, LoraChoice, LoraChoices, SCHEMA};
 pub use correct::{correction, norm};
+pub use diffusion::TensorAllocator;
 pub use error::{Error, Result};
 pub use plugin::DptPlugin;
 pub use score::{score, score_and_gradient};

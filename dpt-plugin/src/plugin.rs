@@ -115,6 +115,8 @@ impl Plugin for DptPlugin {
 
     fn end(&mut self) -> host_api::Result<()> {
         self.conditioning = None;
+        // What was kept from one step to the next.
+        diffusion::release_memory();
         Ok(())
     }
 
@@ -135,6 +137,13 @@ impl Plugin for DptPlugin {
 
     fn lora(&self) -> Option<Arc<Lora>> {
         Some(self.lora.clone())
+    }
+}
+
+impl Drop for DptPlugin {
+    fn drop(&mut self) {
+        (self.prepared, self.conditioning) = (None, None);
+        diffusion::release_memory();
     }
 }
 

@@ -10,6 +10,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+#[global_allocator]
+static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator;
+
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { host_demo::settle_threads() };

@@ -27,6 +27,9 @@ use shapes::Shapes;
 use tune::Tune;
 use weights::Result;
 
+#[global_allocator]
+static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator;
+
 /// Looks into files of weights, converts them, and makes them.
 #[derive(Parser)]
 #[command(version)]
@@ -72,7 +75,6 @@ fn run(cli: Cli) -> Result<()> {
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { host_demo::settle_threads() };
-    keep_memory();
     let cli = Cli::parse();
     // On a thread of the pool, which takes part in parallel work instead of sleeping until it is done.
     match rayon::scope(|_| run(cli)) {
@@ -80,34 +82,6 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE
-        }
-    }
-}
-
-/// Tensors of many megabytes come and go at every step. glibc's allocator gives each back to the system at once, and takes it
-/// again page by page, which costs a fifth of a training step; here it keeps what it has, in one arena, since those of further
-/// threads have heaps of 64 MB, which hold no larger tensor. Its first two gigabytes are of large pages where the system has
-/// them: 3 to 5 % of a step.
-fn keep_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: these set numbers in the allocator, which may be done at any time, and advise on memory that was given and is
-    // nobody's yet.
-    unsafe {
-        // Older versions refuse more than this limit.
-        const LIMIT: i32 = 32 << 20;
-        // Just below the threshold, so that it comes from the arena.
-        const RESERVED: usize = (2 << 30) - (4 << 20);
-        const PAGE: usize = 2 << 20;
-        if libc::mallopt(libc::M_MMAP_THRESHOLD, i32::MAX) == 0 {
-            libc::mallopt(libc::M_MMAP_THRESHOLD, LIMIT);
-        }
-        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        let reserved = libc::malloc(RESERVED);
-        if !reserved.is_null() {
-            let skipped = reserved.align_offset(PAGE);
-            libc::madvise(reserved.byte_add(skipped), RESERVED - skipped, libc::MADV_HUGEPAGE);
-            libc::free(reserved);
         }
     }
 }
