@@ -4,6 +4,7 @@
 //! `cargo bench -p diffusion` prints a table, `cargo bench -p diffusion -- convolution` that of the kernels so named, and `cargo
 //! bench -p diffusion -- --quick` runs everything once at small sizes. The least of several times counts: other programs can only
 //! make it longer.
+#![allow(clippy::needless_range_loop, reason = "iterators between vectors may not be inlined")]
 
 use std::hint::black_box;
 use std::time::Instant;

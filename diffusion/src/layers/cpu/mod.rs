@@ -1,6 +1,7 @@
 //! Layers in f32 on the CPU, each in one pass over memory, its loops compiled for several generations of vector instructions
 //! and chosen among at run time. The formulas of tensor operations beside which they stand are the
 //! reference: they serve other dtypes and devices, and the tests hold these against them.
+#![allow(clippy::needless_range_loop, reason = "iterators and closures between vectors may not be inlined")]
 
 mod attention;
 mod convolution;
@@ -127,6 +128,23 @@ mod tests {
                 same(&what, biased.0, biased.1);
                 let dy = values(1, wide.forward(&x).unwrap().shape());
                 same(&what, narrow.vjp(&single(&dy), (h, w)), wide.vjp(&dy, (h, w)));
+            }
+        }
+    }
+
+    /// To the bit: latents that are encoded again after an interruption come in other batches.
+    #[test]
+    fn an_image_has_the_same_convolution_in_any_batch() {
+        let (_, file) = both(&[("weight", &[20, 70, 3, 3]), ("bias", &[20])]);
+        for (h, w) in [(2, 2), (4, 4), (8, 8), (9, 13), (16, 16)] {
+            let x = single(&values(0, (7, 70, h, w)));
+            for stride in [1, 2] {
+                let conv = Conv2d::load(&file.root(), 70, 20, stride).unwrap();
+                let all = conv.forward(&x).unwrap();
+                for item in [0, 6] {
+                    let alone = conv.forward(&x.narrow(0, item, 1).unwrap()).unwrap();
+                    assert_eq!(numbers(&alone), numbers(&all.narrow(0, item, 1).unwrap()), "{h}x{w}, stride {stride}");
+                }
             }
         }
     }

@@ -195,11 +195,12 @@ impl Convolution<'_> {
         assert!(self.residual.is_none_or(|residual| residual.len() == pixels * self.outputs), "values of a residual");
         let of_bias = |bias: &Bias| bias.stride * (self.batch - 1) + self.outputs;
         assert!(self.bias.is_none_or(|bias| bias.values.len() >= of_bias(&bias)), "values of a bias");
-        // For each pair of channels; a kernel's transform takes the time of some products.
+        // For each pair of channels; the kernel's transform takes the time of some products. By one image alone, so that it has the same
+        // result in whatever batch.
         const TRANSFORM: usize = 300;
-        let whole = |count: usize| count.next_multiple_of(lanes());
-        let tiled = Winograd::ELEMENTS * whole(Winograd::lanes(self)) + TRANSFORM;
-        if self.stride == 1 && tiled < TAPS * whole(pixels) {
+        let image = Self { batch: 1, ..*self };
+        let tiled = Winograd::ELEMENTS * Winograd::lanes(&image) + TRANSFORM;
+        if self.stride == 1 && tiled < TAPS * Direct::lanes(&image) {
             self.compute_by::<Winograd>()
         } else {
             self.compute_by::<Direct>()
