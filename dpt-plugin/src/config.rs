@@ -45,6 +45,10 @@ pub struct Config {
     /// What the plugin's own U-Net computes in: `f32`, `f16` or `bf16`.
     #[serde(default = "f32")]
     pub dtype: String,
+    /// Threads that the plugin computes on, on the CPU. Absent: as many as there are cores, or as `RAYON_NUM_THREADS` says, shared by
+    /// all instances.
+    #[serde(default)]
+    pub threads: Option<usize>,
     /// Correct also when the host adds U-Net inputs that the plugin's own U-Net cannot see.
     #[serde(default)]
     pub ignore_extra_inputs: bool,
@@ -180,6 +184,9 @@ impl Config {
         let config: Self = serde_json::from_str(json).map_err(|e| Error::Config(e.to_string()))?;
         if config.gradient == Some(GradientSource::Plugin) && config.base_model.is_none() {
             return Err(Error::Config("`gradient` is \"plugin\", which needs a `base_model`".into()));
+        }
+        if config.threads == Some(0) {
+            return Err(Error::Config("`threads` is 0, expected at least 1; leave it out for all cores".into()));
         }
         if !config.lora_strength.is_finite() {
             return Err(Error::Config(format!(

@@ -12,7 +12,7 @@ use crate::batch::Batch;
 use crate::config::{Config, GradientSource};
 use crate::fit::{Fitting, Prepared, gradient_source};
 use crate::params::{Strength, params};
-use crate::pool::on_pool;
+use crate::pool::Pool;
 use crate::score::{score, score_and_gradient};
 use crate::source::{Evaluation, Source};
 use crate::text::{Conditioning, TextRequirements};
@@ -24,6 +24,7 @@ pub struct DptPlugin {
     config: Config,
     gradient: GradientSource,
     device: Device,
+    pool: Pool,
     params: Arc<Params>,
     adapter: Adapter,
     lora_entries: Vec<LoraEntry>,
@@ -153,6 +154,7 @@ impl DptPlugin {
         let params = params(&config)?;
         let device = diffusion::device(&config.device).map_err(unknown_name)?;
         diffusion::dtype(&config.dtype).map_err(unknown_name)?;
+        let pool = Pool::new(config.threads)?;
         let file = checkpoint::open(&config.adapter, &device)?;
         let adapter = checkpoint::load_adapter(&file, config.hints())?;
         let own = LoraFile::read(&file)?;
@@ -168,7 +170,7 @@ impl DptPlugin {
         let lora = Arc::new(lora::for_hosts(&lora_entries)?);
         let gradient = gradient_source(&config, &host);
         let (prepared, conditioning) = (None, None);
-        Ok(Self { host, config, gradient, device, params, adapter, lora_entries, lora, prepared, conditioning })
+        Ok(Self { host, config, gradient, device, pool, params, adapter, lora_entries, lora, prepared, conditioning })
     }
 
     fn conditioning_of(&self, text: &host_api::Text, batch: usize) -> Result<Conditioning> {
@@ -195,7 +197,7 @@ impl DptPlugin {
         let mut batch = Batch::read(latents, scale, report)?;
         self.prepared_mut().source.refresh()?;
         let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, shape[0])).transpose()?;
-        let Self { host, adapter, prepared, conditioning, .. } = self;
+        let Self { host, pool, adapter, prepared, conditioning, .. } = self;
         let source = &mut prepared.as_mut().expect("prepare precedes step").source;
         let text = own_text.as_mut().or(conditioning.as_mut()).expect("begin precedes step");
         let stop = || if host.cancelled() { Err(Error::Cancelled) } else { Ok(()) };
@@ -203,7 +205,7 @@ impl DptPlugin {
         stop()?;
         let tap = &adapter.sizes().tap;
         let keys = text.keys(source)?;
-        let evaluation = Evaluation { step, latents: batch.values(), shape, tap, keys };
+        let evaluation = Evaluation { step, latents: batch.values(), shape, tap, keys, pool };
         let features = source.features(&evaluation, adapter.device())?;
         check_features(&features, adapter, shape[0])?;
         batch.check_rows("the U-Net's features", &features, report)?;
@@ -212,15 +214,15 @@ impl DptPlugin {
         let timesteps = vec![step.timestep; shape[0]];
         if !corrected {
             source.release();
-            let scores = on_pool(|| score(adapter, &features, &timesteps, &text.pooled))?.to_vec1()?;
+            let scores = pool.run(|| score(adapter, &features, &timesteps, &text.pooled))?.to_vec1()?;
             batch.report_scores(&scores, report);
             return Ok(());
         }
-        let (scores, cotangent) = on_pool(|| score_and_gradient(adapter, &features, &timesteps, &text.pooled))?;
+        let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, &features, &timesteps, &text.pooled))?;
         batch.report_scores(&scores.to_vec1()?, report);
         let cotangent = batch.without_spoilt(&cotangent)?;
         stop()?;
-        let gradient = source.vjp(&cotangent, shape)?;
+        let gradient = source.vjp(&cotangent, shape, pool)?;
         batch.write(&gradient, &strength, scale, latents, report)
     }
 
@@ -247,11 +249,12 @@ impl DptPlugin {
         batch.check_rows("pooled texts", &text.pooled, report)?;
         let timesteps = vec![step.timestep; items];
         if !(corrected && cotangent) {
-            let scores = on_pool(|| score(&self.adapter, &features, &timesteps, &text.pooled))?;
+            let scores = self.pool.run(|| score(&self.adapter, &features, &timesteps, &text.pooled))?;
             batch.report_scores(&scores.to_vec1()?, report);
             return Ok(None);
         }
-        let (scores, gradient) = on_pool(|| score_and_gradient(&self.adapter, &features, &timesteps, &text.pooled))?;
+        let (scores, gradient) =
+            self.pool.run(|| score_and_gradient(&self.adapter, &features, &timesteps, &text.pooled))?;
         batch.report_scores(&scores.to_vec1()?, report);
         Ok(Some(batch.without_spoilt(&gradient)?.flatten_all()?.to_vec1()?))
     }

@@ -7,7 +7,7 @@ use host_api::Step;
 use host_api::plugin::HostGradient;
 
 use crate::borrowed::BorrowedWeights;
-use crate::pool::on_pool;
+use crate::pool::Pool;
 use crate::{Error, Result};
 
 /// A source of features, and what it keeps of the last evaluation for the gradient.
@@ -37,6 +37,8 @@ pub(crate) struct Evaluation<'a> {
     pub(crate) tap: &'a str,
     /// Needed by the plugin's own U-Net.
     pub(crate) keys: Option<&'a TextKeys>,
+    /// Where the plugin's own U-Net computes.
+    pub(crate) pool: &'a Pool,
 }
 
 impl OwnUNet {
@@ -60,7 +62,7 @@ impl Source {
 
     /// The tap's output `[B, C, h, w]` in f32 on `device`.
     pub(crate) fn features(&mut self, evaluation: &Evaluation, device: &Device) -> Result<Tensor> {
-        let Evaluation { step, latents, shape, tap, keys } = *evaluation;
+        let Evaluation { step, latents, shape, tap, keys, pool } = *evaluation;
         match self {
             Source::Host(host) => {
                 let (shape, values) = host.features(step, latents, &shape, tap)?;
@@ -70,7 +72,7 @@ impl Source {
                 let latents = Tensor::from_slice(latents, &shape, own.unet.device())?;
                 let keys = keys.ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
                 let timesteps = vec![step.timestep; shape[0]];
-                let (features, tape) = on_pool(|| own.unet.forward_to(&latents, &timesteps, keys, own.tap))?;
+                let (features, tape) = pool.run(|| own.unet.forward_to(&latents, &timesteps, keys, own.tap))?;
                 own.tape = Some(tape);
                 Ok(features.to_dtype(DType::F32)?.to_device(device)?)
             }
@@ -82,12 +84,12 @@ impl Source {
     }
 
     /// The gradient of `sum(cotangent * features)` for the latents of the last evaluation, which it ends.
-    pub(crate) fn vjp(&mut self, cotangent: &Tensor, shape: [usize; 4]) -> Result<Vec<f32>> {
+    pub(crate) fn vjp(&mut self, cotangent: &Tensor, shape: [usize; 4], pool: &Pool) -> Result<Vec<f32>> {
         match self {
             Source::Host(host) => Ok(host.vjp(&cotangent.flatten_all()?.to_vec1()?, &shape)?),
             Source::Own(own) => {
                 let tape = own.tape.take().expect("vjp follows features");
-                let gradient = on_pool(|| own.unet.vjp(tape, cotangent))?;
+                let gradient = pool.run(|| own.unet.vjp(tape, cotangent))?;
                 Ok(gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
             }
             Source::Split => unreachable!("it gives no features"),

@@ -80,6 +80,22 @@ fn the_gradient_is_that_of_the_score() {
     }
 }
 
+/// The same bits from run to run, and the same numbers but for rounding on any number of threads.
+#[test]
+fn threads_are_the_hosts_choice_and_results_are_not() {
+    let corrected = |more: Value| {
+        let mut numbers = latents(1, 2);
+        correct(&mut own(more), &step(0), &mut numbers).unwrap();
+        difference(&numbers, &latents(1, 2))
+    };
+    let expected = corrected(json!({}));
+    for threads in [1, 3] {
+        let found = corrected(json!({"threads": threads}));
+        assert_eq!(found, corrected(json!({"threads": threads})), "{threads} threads, again");
+        assert!(norm(&difference(&found, &expected)) < 1e-4 * norm(&expected), "{threads} threads");
+    }
+}
+
 #[test]
 fn eta_0_writes_nothing() {
     fn bytes<T: Copy>(values: &[T]) -> Vec<u8> {
