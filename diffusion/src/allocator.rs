@@ -6,7 +6,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 
 /// To be a program's, or a shared library's, `#[global_allocator]`. Blocks of 64 kB and more are kept once they are freed, up to a
-/// gigabyte together, and never more than brings the memory to what was once in use; [`release_memory`] gives them back. Others, and all but on Linux, are the system's.
+/// gigabyte together, and never more than 64 MB beyond what was once in use; [`release_memory`] gives them back. Others, and all but on Linux, are the system's.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TensorAllocator;
 
@@ -88,6 +88,8 @@ mod kept {
     const LEAST: usize = 1 << 16;
     /// Kept together.
     const MOST_KEPT: usize = 1 << 30;
+    /// Kept whatever else is in use: small models would else map and unmap at every layer.
+    const ALWAYS_KEPT: usize = 64 << 20;
     /// Where all blocks begin, on every system.
     const SMALL_PAGE: usize = 4 << 10;
     /// Where those begin that hold a large page.
@@ -153,7 +155,7 @@ mod kept {
             if block.is_null() {
                 // What is kept of other sizes makes room.
                 let most_kept = kept.most_used.saturating_sub(used);
-                kept.release_down_to(most_kept);
+                kept.release_down_to(most_kept.max(ALWAYS_KEPT));
                 let block = self.map();
                 if !block.is_null() {
                     kept.count(used);
