@@ -6,7 +6,8 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 
 /// To be a program's, or a shared library's, `#[global_allocator]`. Blocks of 64 kB and more are kept once they are freed, up to a
-/// gigabyte together, and never more than 64 MB beyond what was once in use; [`release_memory`] gives them back. Others, and all but on Linux, are the system's.
+/// gigabyte together, and never more than 64 MB beyond what was once in use; [`release_memory`] gives them back. Others, and all but
+/// on Linux, are the system's.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TensorAllocator;
 

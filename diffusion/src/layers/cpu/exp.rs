@@ -30,7 +30,7 @@ pub(super) fn exp(x: f32) -> f32 {
 /// [`exp`] of a vector.
 #[inline(always)]
 pub(super) fn exp_vector<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    // In this order, NaN stays NaN: the second operand is what remains.
+    let given = x;
     let x = simd.min_f32s(simd.splat_f32s(MOST), simd.max_f32s(simd.splat_f32s(LEAST), x));
     let shifted = simd.scaled_plus(LOG2_E, x, simd.splat_f32s(MAGIC));
     let n = simd.sub_f32s(shifted, simd.splat_f32s(MAGIC));
@@ -41,7 +41,9 @@ pub(super) fn exp_vector<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     }
     let p = simd.mul_add_f32s(simd.mul_f32s(p, r), r, simd.add_f32s(r, simd.splat_f32s(1.)));
     let power = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
-    simd.mul_f32s(p, simd.transmute_f32s_u32s(power))
+    // Machines differ in what the larger of NaN and a number is.
+    let is_number = simd.equal_f32s(given, given);
+    simd.select_f32s(is_number, simd.mul_f32s(p, simd.transmute_f32s_u32s(power)), given)
 }
 
 /// `1 / (1 + e^-x)`.

@@ -4,7 +4,24 @@ use pulp::{Arch, Simd, WithSimd};
 
 /// Runs `task` with the widest vectors of this machine.
 pub(super) fn widest<T: WithSimd>(task: T) -> T::Output {
-    Arch::new().dispatch(task)
+    arch().dispatch(task)
+}
+
+#[cfg(not(all(test, target_arch = "x86_64")))]
+fn arch() -> Arch {
+    Arch::new()
+}
+
+/// Of a process of tests, what `VECTORS` says: `avx2` or `scalar`, to see what machines with less run.
+#[cfg(all(test, target_arch = "x86_64"))]
+fn arch() -> Arch {
+    static ARCH: std::sync::OnceLock<Arch> = std::sync::OnceLock::new();
+    *ARCH.get_or_init(|| match std::env::var("VECTORS").as_deref() {
+        Err(_) => Arch::new(),
+        Ok("avx2") => Arch::V3(pulp::x86::V3::try_new().expect("a machine with AVX2")),
+        Ok("scalar") => Arch::Scalar,
+        Ok(other) => panic!("VECTORS is `{other}`, expected `avx2` or `scalar`"),
+    })
 }
 
 /// Values in a vector of [`widest`].

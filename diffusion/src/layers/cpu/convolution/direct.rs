@@ -1,19 +1,14 @@
-//! By definition: a lane is an output's pixel, counted over the batch, in rows; an element is the pixel that a tap sees. All nine add to
-//! one sum.
+//! By definition: a lane is an output's pixel, counted over the batch, in rows; an element is the pixel that a tap sees. All nine
+//! add to one sum.
 
 use std::mem::MaybeUninit;
 
 use pulp::Simd;
 
-use super::{Convolution, Input, Method, Output, TAPS};
+use super::method::{Input, Method, Output, place};
+use super::{Convolution, TAPS};
 
 pub(super) struct Direct;
-
-/// A pixel's item, row and column.
-fn place(c: &Convolution, pixel: usize) -> (usize, usize, usize) {
-    let (rows, columns) = (c.rows(), c.columns());
-    (pixel / (rows * columns), pixel / columns % rows, pixel % columns)
-}
 
 impl Method for Direct {
     const ELEMENTS: usize = TAPS;
@@ -32,7 +27,7 @@ impl Method for Direct {
         scratch.resize(c.width + 2, 0.);
         let mut pixel = pixels.start;
         while pixel < pixels.end {
-            let (item, row, column) = place(c, pixel);
+            let (item, row, column) = place(pixel, c.rows(), c.columns());
             let count = (c.columns() - column).min(pixels.end - pixel);
             let image = &c.x[(item * c.inputs + channel) * c.height * c.width..][..c.height * c.width];
             for u in 0..3 {
@@ -61,9 +56,7 @@ impl Method for Direct {
     }
 
     #[inline(always)]
-    fn take_kernel<S: Simd>(_: S, _: &mut [f32], _: &mut Vec<f32>, _: usize) {}
-
-    fn kernel<'a>(taps: &'a [f32], _: &'a [f32]) -> &'a [f32] {
+    fn kernel<'a, S: Simd>(_: S, taps: &'a [f32], _: &'a mut Vec<f32>, _: usize) -> &'a [f32] {
         taps
     }
 
@@ -72,7 +65,7 @@ impl Method for Direct {
         let (c, pixels) = (output.convolution, output.lanes.clone());
         let mut pixel = pixels.start;
         while pixel < pixels.end {
-            let at = place(c, pixel);
+            let at = place(pixel, c.rows(), c.columns());
             let count = (c.columns() - at.2).min(pixels.end - pixel);
             // SAFETY: the caller's.
             unsafe { output.write_row(at, &output.sums[pixel - pixels.start..][..count]) };

@@ -1,5 +1,5 @@
-//! Stride 1 by minimal filtering F(4x4, 3x3) (Winograd 1980; Lavin and Gray, CVPR 2016): a tile of
-//! 4 x 4 outputs takes 36 products for each pair of channels instead of 144.
+//! Stride 1 by minimal filtering F(4x4, 3x3) (Winograd 1980; Lavin and Gray, CVPR 2016): a tile of 4 x 4 outputs takes 36 products
+//! for each pair of channels instead of 144.
 //!
 //! `Y = A^T [(G g G^T) * (B^T d B)] A` for a tile of 6 x 6 inputs d and a kernel g; summed over input channels, each of the 36
 //! elements is a product of matrices, `[out, in] [in, tiles]`. The transforms evaluate polynomials at 0, +-5/8, +-3/2 and infinity:
@@ -11,9 +11,10 @@
 use pulp::Simd;
 
 use super::super::simd::Vectors;
-use super::{Convolution, Input, Method, Output, TAPS};
+use super::method::{Input, Method, Output, place};
+use super::{Convolution, TAPS};
 
-/// Outputs on a side of a tile, inputs on a side of what it sees, and elements of its transform.
+/// Outputs on a side of a tile, and inputs on a side of what it sees.
 const OUT: usize = 4;
 const IN: usize = OUT + 2;
 
@@ -79,12 +80,6 @@ fn tiles_in_row(c: &Convolution) -> usize {
     c.width.div_ceil(OUT)
 }
 
-/// A tile's item, row and column.
-fn place(c: &Convolution, tile: usize) -> (usize, usize, usize) {
-    let (rows, columns) = (rows_of_tiles(c), tiles_in_row(c));
-    (tile / (rows * columns), tile / columns % rows, tile % columns)
-}
-
 impl Method for Winograd {
     const ELEMENTS: usize = IN * IN;
     const SUMS: usize = IN * IN;
@@ -108,7 +103,7 @@ impl Method for Winograd {
         let (phases, along) = rest.split_at_mut(OUT * phase);
         let mut tile = tiles.start;
         while tile < tiles.end {
-            let (item, row, mut column) = place(c, tile);
+            let (item, row, mut column) = place(tile, rows_of_tiles(c), tiles_in_row(c));
             let image = &c.x[(item * c.inputs + channel) * pixels..][..pixels];
             for (i, along) in along.chunks_mut(IN * whole).enumerate() {
                 let Some(source) = (OUT * row + i).checked_sub(1).filter(|source| *source < c.height) else {
@@ -154,12 +149,10 @@ impl Method for Winograd {
     }
 
     #[inline(always)]
-    fn take_kernel<S: Simd>(simd: S, taps: &mut [f32], kernel: &mut Vec<f32>, plane: usize) {
-        kernel.resize(Self::ELEMENTS * plane, 0.);
-        assert!(
-            taps.len() >= TAPS * plane && kernel.len() >= Self::ELEMENTS * plane && plane.is_multiple_of(S::F32_LANES)
-        );
-        let (taps, kernel) = (taps.as_ptr(), kernel.as_mut_ptr());
+    fn kernel<'a, S: Simd>(simd: S, taps: &'a [f32], scratch: &'a mut Vec<f32>, plane: usize) -> &'a [f32] {
+        scratch.resize(Self::ELEMENTS * plane, 0.);
+        assert!(taps.len() >= TAPS * plane && plane.is_multiple_of(S::F32_LANES));
+        let (taps, kernel) = (taps.as_ptr(), scratch.as_mut_ptr());
         for at in (0..plane).step_by(S::F32_LANES) {
             // SAFETY: whole vectors of planes, whose number was looked at.
             unsafe {
@@ -177,10 +170,7 @@ impl Method for Winograd {
                 }
             }
         }
-    }
-
-    fn kernel<'a>(_: &'a [f32], kernel: &'a [f32]) -> &'a [f32] {
-        kernel
+        scratch
     }
 
     #[inline(always)]
@@ -189,7 +179,7 @@ impl Method for Winograd {
         const MOST_LANES: usize = 16;
         let mut tile = tiles.start;
         while tile < tiles.end {
-            let (item, row, column) = place(c, tile);
+            let (item, row, column) = place(tile, rows_of_tiles(c), tiles_in_row(c));
             let count = S::F32_LANES.min(tiles_in_row(c) - column).min(tiles.end - tile);
             let mut down = [[simd.splat_f32s(0.); OUT]; IN];
             for j in 0..IN {
