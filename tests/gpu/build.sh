@@ -18,5 +18,6 @@ for program in weights host-demo; do cp "$(executable bin $program < "$folder/me
 cp "$(dirname "$(executable bin weights < "$folder/messages.json")")/libdpt.so" "$folder"
 cp "$(build build --example stopwatch | executable example stopwatch)" "$folder"
 cp "$(build test --test cuda --no-run | executable test cuda)" "$folder/cuda-tests"
+cp "$(build test --lib --no-run | executable lib diffusion)" "$folder/kernel-tests"
 rm "$folder/messages.json"
-cd "$folder" && strip weights host-demo libdpt.so stopwatch cuda-tests
+cd "$folder" && strip weights host-demo libdpt.so stopwatch cuda-tests kernel-tests

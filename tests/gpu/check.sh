@@ -4,7 +4,7 @@
 #
 #     tests/gpu/check.sh PROGRAMS RESULTS      # PROGRAMS by build.sh, from a checkout at the same path; about 5 minutes
 #
-# RESULTS gets tests.log, what the benchmarks measured as JSON, and report.md. With ONLY_TESTS=1, no benchmarks.
+# RESULTS gets kernels.log, tests.log, what the benchmarks measured as JSON, and report.md. With ONLY_TESTS=1, no benchmarks.
 set -uo pipefail
 programs=$(cd "${1:?the folder of build.sh}" && pwd) || exit
 mkdir -p "${2:?a folder for the results}"; results=$(cd "$2" && pwd) || exit
@@ -13,13 +13,16 @@ LD_LIBRARY_PATH=$(python3 -c 'import pathlib, torch; print(":".join(map(str, pat
 export LD_LIBRARY_PATH
 failed=0
 
+"$programs/kernel-tests" --test-threads 1 layers::cuda > "$results/kernels.log" 2>&1 || failed=1
 export TEST_DEVICE=cuda PREBUILT=$programs
 (cd "$root/tests" && "$programs/cuda-tests" --test-threads 1) > "$results/tests.log" 2>&1 || failed=1
 unset TEST_DEVICE PREBUILT
 {
   echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader)"
-  echo; echo "Tests: $(grep -a 'test result' "$results/tests.log" | tail -n 1)"
-  grep -aE '^test .* FAILED$' "$results/tests.log"
+  for log in kernels tests; do
+    echo; echo "$log: $(grep -a 'test result' "$results/$log.log" | tail -n 1)"
+    grep -aE '^test .* FAILED$' "$results/$log.log"
+  done
 } > "$results/report.md"
 [ -n "${ONLY_TESTS:-}" ] || for dtype in f16 f32; do
   python3 "$root/dpt-plugin/benches/against_pytorch.py" --device cuda --dtype $dtype --sizes 64 --batches 1 4 \

@@ -1,6 +1,8 @@
 use candle_core::{D, Tensor};
 
 use super::cpu;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::norm::statistics_dtype;
 use crate::Result;
 
@@ -21,6 +23,10 @@ pub(crate) fn geglu(x: &Tensor) -> Result<Tensor> {
     if let Some(y) = cpu::geglu(x)? {
         return Ok(y);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(y) = cuda::geglu(x)? {
+        return Ok(y);
+    }
     let (value, gate) = halves(x)?;
     Ok((value * gate.gelu_erf()?)?)
 }
@@ -28,6 +34,10 @@ pub(crate) fn geglu(x: &Tensor) -> Result<Tensor> {
 /// `gelu(g) = g Phi(g)`, so `d gelu / dg = Phi(g) + g phi(g)` with the normal distribution's `Phi` and density `phi`.
 pub(crate) fn geglu_vjp(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     if let Some(dx) = cpu::geglu_vjp(x, dy)? {
+        return Ok(dx);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(dx) = cuda::geglu_vjp(x, dy)? {
         return Ok(dx);
     }
     let wide = statistics_dtype(x.dtype());

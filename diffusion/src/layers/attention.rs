@@ -5,6 +5,8 @@ use candle_core::{D, Tensor};
 use candle_nn::ops::softmax_last_dim;
 
 use super::cpu::{self, Cotangents};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::norm::statistics_dtype;
 use crate::Result;
 
@@ -40,7 +42,7 @@ pub(crate) struct Attended<'a> {
 pub(crate) struct Attention {
     /// In the shape of q.
     pub(crate) y: Tensor,
-    /// `[B, heads, queries]`, of the sums that the softmax divides by; kept where the kernels of the CPU compute.
+    /// `[B, heads, queries]`, of the sums that the softmax divides by; kept where kernels of our own compute.
     log_sums: Option<Tensor>,
 }
 
@@ -49,6 +51,10 @@ impl Attended<'_> {
     pub(crate) fn attend(self) -> Result<Attention> {
         let Self { q, k, v, heads, upcast } = self;
         if let Some((y, log_sums)) = cpu::attend((q, k, v), heads)? {
+            return Ok(Attention { y, log_sums: Some(log_sums) });
+        }
+        #[cfg(feature = "cuda")]
+        if let Some((y, log_sums)) = cuda::attend((q, k, v), heads)? {
             return Ok(Attention { y, log_sums: Some(log_sums) });
         }
         let [q, k, v] = [q, k, v].map(|t| split_heads(t, heads));
@@ -64,6 +70,12 @@ impl Attended<'_> {
         let dy = dy.contiguous()?;
         if let Attention { y, log_sums: Some(log_sums) } = attention
             && let Some(cotangents) = cpu::attend_vjp((q, k, v), (y, log_sums), &dy, heads, of_keys)?
+        {
+            return Ok(cotangents);
+        }
+        #[cfg(feature = "cuda")]
+        if let Attention { y, log_sums: Some(log_sums) } = attention
+            && let Some(cotangents) = cuda::attend_vjp((q, k, v), (y, log_sums), &dy, heads, of_keys)?
         {
             return Ok(cotangents);
         }

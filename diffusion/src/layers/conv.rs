@@ -3,6 +3,8 @@ use std::sync::OnceLock;
 use candle_core::{D, Tensor};
 
 use super::cpu;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use crate::{Result, Scope};
 
 /// A 3x3 convolution, padding 1, stride 1 or 2.
@@ -13,13 +15,23 @@ pub(crate) struct Conv2d {
     /// What the input gradient convolves with, where no kernel of the CPU takes it as it is; made at the first `vjp`, because most
     /// convolutions never need one.
     adjoint: OnceLock<Vec<Tensor>>,
+    /// The kernel as those on CUDA read it, where they take it.
+    #[cfg(feature = "cuda")]
+    packed: Option<cuda::Kernel>,
 }
 
 impl Conv2d {
     pub(crate) fn load(scope: &Scope, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
         assert!(stride == 1 || stride == 2, "stride {stride}");
         let kernel = scope.tensor("weight", &[outputs, inputs, 3, 3])?;
-        Ok(Self { kernel, bias: scope.tensor("bias", &[outputs])?, stride, adjoint: OnceLock::new() })
+        Ok(Self {
+            bias: scope.tensor("bias", &[outputs])?,
+            stride,
+            adjoint: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            packed: cuda::Kernel::new(&kernel)?,
+            kernel,
+        })
     }
 
     /// `[B, in, h, w]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
@@ -38,6 +50,11 @@ impl Conv2d {
     }
 
     fn forward_by(&self, x: &Tensor, bias: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernel) = &self.packed {
+            let size = (x.dim(2)?.div_ceil(self.stride), x.dim(3)?.div_ceil(self.stride));
+            return cuda::conv3x3(x, kernel, (Some(bias), residual), (self.stride, 1), size);
+        }
         let x = x.contiguous()?;
         if let Some(y) = cpu::conv3x3(&x, &self.kernel, Some(bias), residual, self.stride)? {
             return Ok(y);
@@ -52,12 +69,21 @@ impl Conv2d {
     /// Without the symmetric padding: the input is padded by one row below and one column to the right, as the VAE's
     /// downsampling does.
     pub(crate) fn forward_padded_end(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernel) = &self.packed {
+            let size = ((x.dim(2)? - 2) / self.stride + 1, (x.dim(3)? - 2) / self.stride + 1);
+            return cuda::conv3x3(x, kernel, (Some(&self.bias), None), (self.stride, 0), size);
+        }
         let x = x.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?;
         add_bias(x.conv2d(&self.kernel, 0, self.stride, 1, 1)?, &self.bias)
     }
 
     /// The gradient for an input of `height x width` from that of the output, `[B, out, ..]` to `[B, in, height, width]`.
     pub(crate) fn vjp(&self, dy: &Tensor, (height, width): (usize, usize)) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(kernel) = &self.packed {
+            return cuda::conv3x3_vjp(dy, kernel, self.stride, (height, width));
+        }
         let dy = dy.contiguous()?;
         if let Some(dx) = cpu::conv3x3_vjp(&dy, &self.kernel, self.stride, (height, width))? {
             return Ok(dx);

@@ -1,6 +1,8 @@
 use candle_core::Tensor;
 
 use super::cpu;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use crate::{Result, Scope};
 
 /// `y = x W^T + b` over the last dimension; `W` is `[out, in]`.
@@ -40,6 +42,12 @@ impl Linear {
             return Ok(y);
         }
         let mut y = matmul_last(&x, &self.weight.t()?)?;
+        #[cfg(feature = "cuda")]
+        if (self.bias.is_some() || residual.is_some())
+            && let Some(sum) = cuda::add(&y, self.bias.as_ref(), residual)?
+        {
+            return Ok(sum);
+        }
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }
@@ -65,6 +73,12 @@ impl Linear {
             return Ok(dx);
         }
         let dx = matmul_last(&dy, &self.weight)?;
+        #[cfg(feature = "cuda")]
+        if before.is_some()
+            && let Some(sum) = cuda::add(&dx, None, before)?
+        {
+            return Ok(sum);
+        }
         Ok(match before {
             Some(before) => (before + dx)?,
             None => dx,
@@ -73,6 +87,10 @@ impl Linear {
 
     /// The same map over the channels of an image, `[B, in, h, w]` to `[B, out, h, w]`: a 1x1 convolution.
     pub(crate) fn forward_channels(&self, x: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if cuda::takes(x) {
+            return cuda::channels_first(&self.forward(&cuda::channels_last(x)?)?);
+        }
         let y = matmul_channels(&self.weight, x)?;
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
@@ -82,6 +100,10 @@ impl Linear {
 
     /// `[B, out, h, w]` to `[B, in, h, w]`.
     pub(crate) fn vjp_channels(&self, dy: &Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if cuda::takes(dy) {
+            return cuda::channels_first(&self.vjp(&cuda::channels_last(dy)?)?);
+        }
         matmul_channels(&self.weight.t()?, dy)
     }
 }

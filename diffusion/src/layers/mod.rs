@@ -9,9 +9,12 @@ mod activation;
 mod attention;
 mod conv;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod embedding;
 #[cfg(test)]
 pub(crate) mod finite_difference;
+mod images;
 mod linear;
 mod norm;
 mod resample;
@@ -29,7 +32,15 @@ pub(crate) mod kernels {
         AttentionSizes, Bias, Convolution, Cotangents, Kernel, attend_heads, attend_heads_vjp, layer_norm_rows,
         layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, softmax_rows, softmax_rows_vjp,
     };
+    /// The same for tensors on CUDA, as operations of candle's autograd want them.
+    #[cfg(feature = "cuda")]
+    pub mod cuda {
+        pub use super::super::cuda::{
+            Rows, layer_norm_rows, layer_norm_rows_vjp, linear, softmax_rows, softmax_rows_vjp,
+        };
+    }
 }
+pub(crate) use images::{add_images, cat_channels, narrow_channels};
 pub(crate) use linear::Linear;
 pub(crate) use norm::{GroupNorm, LayerNorm, statistics_dtype};
 pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};

@@ -2,6 +2,8 @@ use candle_core::{DType, Tensor};
 
 use super::activation::{silu, silu_vjp};
 use super::cpu;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use crate::{Result, Scope};
 
 /// Statistics of half-precision values are computed in f32, those of f32 and f64 in their own precision.
@@ -29,6 +31,10 @@ impl GroupNorm {
         if let Some(y) = cpu::group_norm(x, self.parameters(), self.groups, false)? {
             return Ok(y);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(y) = cuda::group_norm(x, self.parameters(), self.groups, false)? {
+            return Ok(y);
+        }
         let (normal, _) = self.normalize(x)?;
         Ok(self.affine(&normal, x)?.to_dtype(x.dtype())?)
     }
@@ -36,6 +42,10 @@ impl GroupNorm {
     /// `silu(norm(x))`.
     pub(crate) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
         if let Some(y) = cpu::group_norm(x, self.parameters(), self.groups, true)? {
+            return Ok(y);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(y) = cuda::group_norm(x, self.parameters(), self.groups, true)? {
             return Ok(y);
         }
         let (normal, _) = self.normalize(x)?;
@@ -59,6 +69,10 @@ impl GroupNorm {
 
     fn vjp_by(&self, x: &Tensor, dy: &Tensor, silu: bool, before: Option<&Tensor>) -> Result<Tensor> {
         if let Some(dx) = cpu::group_norm_vjp(x, dy, self.parameters(), self.groups, silu, before)? {
+            return Ok(dx);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(dx) = cuda::group_norm_vjp(x, dy, self.parameters(), self.groups, silu, before)? {
             return Ok(dx);
         }
         let (normal, inverse_deviation) = self.normalize(x)?;
@@ -112,6 +126,10 @@ impl LayerNorm {
         if let Some(y) = cpu::layer_norm(x, self.parameters())? {
             return Ok(y);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(y) = cuda::layer_norm(x, self.parameters())? {
+            return Ok(y);
+        }
         let (normal, _) = self.normalize(x)?;
         let y = normal
             .broadcast_mul(&self.weight.to_dtype(normal.dtype())?)?
@@ -122,6 +140,10 @@ impl LayerNorm {
     /// `before` plus the gradient for `x` of [`Self::forward`].
     pub(crate) fn vjp_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
         if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters(), Some(before))? {
+            return Ok(dx);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(dx) = cuda::layer_norm_vjp(x, dy, self.parameters(), before)? {
             return Ok(dx);
         }
         let (normal, inverse_deviation) = self.normalize(x)?;

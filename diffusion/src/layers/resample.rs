@@ -1,5 +1,7 @@
 use candle_core::Tensor;
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use crate::Result;
 
 /// Nearest-neighbour doubling of `[B, C, h, w]` to a target of `2 h` or `2 h - 1` rows (columns likewise): an odd target
@@ -10,6 +12,10 @@ pub(crate) fn upsample_nearest(x: &Tensor, (height, width): (usize, usize)) -> R
     if height.div_ceil(2) != h || width.div_ceil(2) != w {
         return Err(crate::Error::Input(format!("cannot upsample {h}x{w} to {height}x{width}")));
     }
+    #[cfg(feature = "cuda")]
+    if let Some(y) = cuda::upsample(x, (height, width))? {
+        return Ok(y);
+    }
     let doubled = x.reshape((b, c, h, 1, w, 1))?.broadcast_as((b, c, h, 2, w, 2))?.contiguous()?;
     let doubled = doubled.reshape((b, c, 2 * h, 2 * w))?;
     Ok(doubled.narrow(2, 0, height)?.narrow(3, 0, width)?.contiguous()?)
@@ -19,6 +25,10 @@ pub(crate) fn upsample_nearest(x: &Tensor, (height, width): (usize, usize)) -> R
 pub(crate) fn upsample_nearest_vjp(dy: &Tensor) -> Result<Tensor> {
     let (b, c, height, width) = dy.dims4()?;
     let (h, w) = (height.div_ceil(2), width.div_ceil(2));
+    #[cfg(feature = "cuda")]
+    if let Some(dx) = cuda::upsample_vjp(dy, (h, w))? {
+        return Ok(dx);
+    }
     let dy = dy.pad_with_zeros(2, 0, 2 * h - height)?.pad_with_zeros(3, 0, 2 * w - width)?;
     Ok(dy.contiguous()?.reshape((b, c, h, 2, w, 2))?.sum(5)?.sum(3)?)
 }

@@ -1,10 +1,16 @@
 use candle_core::Tensor;
 
 use super::cpu;
+#[cfg(feature = "cuda")]
+use super::cuda;
 use crate::Result;
 
 /// `[B, C, h, w]` to `[B, h w, C]`.
 pub(crate) fn to_tokens(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x) {
+        return Ok(cuda::channels_last(x)?.flatten(1, 2)?);
+    }
     let channels = x.flatten_from(2)?;
     match cpu::transpose_last(&channels, None)? {
         Some(tokens) => Ok(tokens),
@@ -14,6 +20,10 @@ pub(crate) fn to_tokens(x: &Tensor) -> Result<Tensor> {
 
 /// `[B, h w, C]` to the shape of `like`.
 pub(crate) fn to_image(x: &Tensor, like: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::takes(x) {
+        return as_image(x, like);
+    }
     let channels = match cpu::transpose_last(x, None)? {
         Some(channels) => channels,
         None => x.transpose(1, 2)?.contiguous()?,
@@ -21,8 +31,19 @@ pub(crate) fn to_image(x: &Tensor, like: &Tensor) -> Result<Tensor> {
     Ok(channels.reshape(like.shape())?)
 }
 
+/// `[B, h w, C]` as the image that it is in memory.
+#[cfg(feature = "cuda")]
+fn as_image(x: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let (b, c, h, w) = like.dims4()?;
+    cuda::channels_first(&x.reshape((b, h, w, c))?)
+}
+
 /// `residual + to_image(x, residual)`.
 pub(crate) fn to_image_onto(residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(sum) = cuda::add(x, None, Some(&to_tokens(residual)?))? {
+        return as_image(&sum, residual);
+    }
     match cpu::transpose_last(x, Some(residual))? {
         Some(sum) => Ok(sum.reshape(residual.shape())?),
         None => Ok((residual + to_image(x, residual)?)?),

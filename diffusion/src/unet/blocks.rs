@@ -6,7 +6,10 @@ use super::config::UNetConfig;
 use super::lora_gradients::LoraGradients;
 use super::text::{TextKeys, TextSlot};
 use super::transformer::{Transformer, TransformerTape};
-use crate::layers::{Conv2d, ResnetBlock, ResnetSizes, ResnetTape, upsample_nearest, upsample_nearest_vjp};
+use crate::layers::{
+    Conv2d, ResnetBlock, ResnetSizes, ResnetTape, add_images, cat_channels, narrow_channels, upsample_nearest,
+    upsample_nearest_vjp,
+};
 use crate::{Result, Scope};
 
 /// What every block of one evaluation is conditioned on.
@@ -131,7 +134,7 @@ impl DownBlock {
 /// The gradient of a down-path activation: from the next layer and, when it was used, from its skip connection.
 pub(super) fn add_skip(d: Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
     Ok(match skips.pop() {
-        Some(skip) => (d + skip)?,
+        Some(skip) => add_images(&d, &skip)?,
         None => d,
     })
 }
@@ -214,7 +217,7 @@ impl UpBlock {
         for layer in &self.layers {
             let skip = skips.pop().expect("as many skips as layers take");
             channels.push(x.dim(1)?);
-            let (y, tape) = layer.record(&Tensor::cat(&[x, skip], 1)?, condition)?;
+            let (y, tape) = layer.record(&cat_channels(&x, &skip)?, condition)?;
             x = y;
             layers.extend(condition.recording.then_some(tape));
         }
@@ -240,8 +243,8 @@ impl UpBlock {
         }
         for ((layer, kept), channels) in self.layers.iter().zip(tape.layers).zip(tape.channels).rev() {
             let Some(both) = layer.vjp(kept, &d, lora)? else { return Ok(None) };
-            skips.push(both.narrow(1, channels, both.dim(1)? - channels)?.contiguous()?);
-            d = both.narrow(1, 0, channels)?.contiguous()?;
+            skips.push(narrow_channels(&both, channels, both.dim(1)? - channels)?);
+            d = narrow_channels(&both, 0, channels)?;
         }
         Ok(Some(d))
     }

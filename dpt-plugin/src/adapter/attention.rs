@@ -42,7 +42,7 @@ impl MultiheadAttention {
 
 /// What each head of queries `[B, Q, d]` attends to in keys and values `[B, S, d]`, `[B, Q, d]`.
 pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, dropout: &mut Dropout) -> Result<Tensor> {
-    if !dropout.drops() && [q, k, v].into_iter().all(fused::takes) {
+    if !dropout.drops() && [q, k, v].into_iter().all(fused::takes_attention) {
         return Ok(q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, fused::Attention { heads })?);
     }
     let (b, tokens, d) = q.dims3()?;

@@ -1,12 +1,19 @@
-//! Operations that candle's autograd follows as one, for f32 on the CPU: fewer passes over memory, and no gradients for
-//! weights that are not trained. Elsewhere [`super::layers`] goes by tensor operations, which these are tested against.
+//! Operations that candle's autograd follows as one, for f32: fewer passes over memory, fewer kernels to launch, and no gradients
+//! for weights that are not trained. Elsewhere [`super::layers`] goes by tensor operations, which these are tested against.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, D, DType, Layout, Result, Shape, Storage, Tensor};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaStorage, Error};
 use diffusion::kernels::{self, AttentionSizes};
 
-/// Whether these operations take a tensor.
+/// Whether these operations take a tensor; attention only on the CPU.
 pub(super) fn takes(x: &Tensor) -> bool {
-    x.device().is_cpu() && x.dtype() == DType::F32
+    x.dtype() == DType::F32 && (x.device().is_cpu() || cfg!(feature = "cuda") && x.device().is_cuda())
+}
+
+/// Whether the parts of attention are left to one operation.
+pub(super) fn takes_attention(x: &Tensor) -> bool {
+    x.device().is_cpu() && takes(x)
 }
 
 fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -51,6 +58,22 @@ impl CustomOp3 for Linear {
         Ok((CpuStorage::F32(kernels::linear_rows(x, weight, bias, inputs)), (rows, outputs).into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (rows, outputs) = (x_layout.shape().dims2()?.0, weight_layout.shape().dims2()?.0);
+        let y =
+            kernels::cuda::linear((x, x_layout), (weight, weight_layout), (bias, bias_layout)).map_err(Error::wrap)?;
+        Ok((y, (rows, outputs).into()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -92,6 +115,21 @@ impl CustomOp3 for LayerNorm {
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        weight: &CudaStorage,
+        weight_layout: &Layout,
+        bias: &CudaStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (x, weight, bias) = ((x, x_layout), (weight, weight_layout), (bias, bias_layout));
+        let y = kernels::cuda::layer_norm_rows(x, weight, bias, self.eps).map_err(Error::wrap)?;
+        Ok((y, x_layout.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -102,6 +140,12 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let trained = weight.track_op() || bias.track_op();
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            let dx = kernels::cuda::layer_norm_rows_vjp(x, &dy, weight, self.eps).map_err(Error::wrap)?;
+            let (dw, db) = trained.then(|| self.parameters_vjp(&x.detach(), &dy)).transpose()?.unzip();
+            return Ok((Some(dx), dw, db));
+        }
         let (dx, of_parameters) = with_values([x, weight, &dy], |[x, weight, dy]| {
             let of_parameters = || kernels::layer_norm_rows_parameters_vjp(x, dy, weight.len(), self.eps);
             (kernels::layer_norm_rows_vjp(x, dy, weight, self.eps, None), trained.then(of_parameters))
@@ -110,6 +154,18 @@ impl CustomOp3 for LayerNorm {
         let like = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         let row = |values: Option<Vec<f32>>| values.map(|values| like(values, weight)).transpose();
         Ok((Some(like(dx, x)?), row(dw)?, row(db)?))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl LayerNorm {
+    /// The gradients of weight and bias: sums over rows, as products with ones.
+    fn parameters_vjp(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        let centred = x.broadcast_sub(&x.mean_keepdim(1)?)?;
+        let deviation = (centred.sqr()?.mean_keepdim(1)? + self.eps)?.sqrt()?;
+        let ones = Tensor::ones((1, dy.dim(0)?), dy.dtype(), dy.device())?;
+        let over_rows = |t: &Tensor| ones.matmul(t)?.squeeze(0);
+        Ok((over_rows(&(centred.broadcast_div(&deviation)? * dy)?)?, over_rows(dy)?))
     }
 }
 
@@ -176,7 +232,16 @@ impl CustomOp1 for Softmax {
         Ok((CpuStorage::F32(kernels::softmax_rows(values(x, layout)?, n)), layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((kernels::cuda::softmax_rows((x, layout)).map_err(Error::wrap)?, layout.shape().clone()))
+    }
+
     fn bwd(&self, _: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if y.device().is_cuda() {
+            return Ok(Some(kernels::cuda::softmax_rows_vjp(y, dy).map_err(Error::wrap)?));
+        }
         let (n, dy) = (y.dim(D::Minus1)?, dy.contiguous()?);
         let dx = with_values([y, &dy], |[y, dy]| kernels::softmax_rows_vjp(y, dy, n))?;
         Tensor::from_vec(dx, y.shape(), y.device()).map(Some)

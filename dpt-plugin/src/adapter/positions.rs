@@ -13,7 +13,13 @@ pub(super) fn sine(height: usize, width: usize, d: usize, device: &Device) -> Re
             if i % 2 == 0 { angle.sin() } else { angle.cos() }
         })
     };
-    let values: Vec<f32> =
-        (0..height).flat_map(|y| (0..width).flat_map(move |x| wave(y, height).chain(wave(x, width)))).collect();
+    let waves = |size: usize| -> Vec<f32> { (0..size).flat_map(|index| wave(index, size)).collect() };
+    let (rows, columns) = (waves(height), waves(width));
+    let mut values: Vec<f32> = Vec::with_capacity(height * width * d);
+    for row in rows.chunks_exact(half) {
+        for column in columns.chunks_exact(half) {
+            values.extend(row.iter().chain(column));
+        }
+    }
     Ok(Tensor::from_vec(values, (1, height * width, d), device)?)
 }
