@@ -72,6 +72,19 @@ def measure(a, sides):
     return table
 
 
+def memory_to_tap(program, arguments, a):
+    """GB of device memory that corrections take beside a host's model: the U-Net up to a tap, the adapter, what is computed."""
+    held = {}
+    for tap in a.taps:
+        side = Side([program, *arguments, tap], a.threads)
+        for _ in range(3):
+            side.time(f"correct {tap} {a.sizes[0]} 1")
+        held[tap] = side.device_gb()
+        side.process.stdin.close()
+        side.process.wait()
+    return held
+
+
 def markdown(record):
     names = list(record["table"][0]["seconds"])
     lines = ["| latents | piece | side | ms | of PyTorch's | of the guided |", "|---|---|---|---|---|---|"]
@@ -114,6 +127,8 @@ def main():
         for side in sides.values():
             side.process.stdin.close()
             side.process.wait()
+        if a.device != "cpu":
+            memory["device, up to a tap,"] = memory_to_tap(a.stopwatch[0], arguments, a)
     device = a.device if a.device == "cpu" else torch.cuda.get_device_name(a.device)
     record = dict(torch=torch.__version__, device=device, dtype=a.dtype, threads=a.threads, memory_gb=memory, table=table)
     print(markdown(record))

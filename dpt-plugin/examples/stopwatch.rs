@@ -1,9 +1,10 @@
 //! Times what a corrected step is made of, one piece at a time as its input asks: `benches/against_pytorch.py` has it take turns
 //! with PyTorch.
 //!
-//! `stopwatch UNET_FOLDER DEVICE DTYPE` reads lines `WHAT SIZE BATCH` and answers each with seconds. WHAT is `guided` (the
-//! noise of two times BATCH latents of SIZE x SIZE), `features TAP` (the U-Net up to a tap), or `correct TAP` (that, the adapter's
-//! score, its gradient down to the latents, and Eq. 9). The adapter is untrained and of the released sizes; the text's keys and
+//! `stopwatch UNET_FOLDER DEVICE DTYPE [TAP]` reads lines `WHAT SIZE BATCH` and answers each with seconds. WHAT is `guided` (the
+//! noise of two times BATCH latents of SIZE x SIZE), `features TAP` (the U-Net up to a tap), `adapter TAP` (the score of a
+//! tap's features and its gradient), or `correct TAP` (features, the adapter's score, its gradient down to the latents, and Eq. 9). With a
+//! TAP of its own the U-Net is loaded up to there only, as a plugin loads it. The adapter is untrained and of the released sizes; the text's keys and
 //! values are ready before, as in a run, which makes them once.
 
 use std::collections::HashMap;
@@ -50,8 +51,12 @@ struct Stopwatch {
 }
 
 impl Stopwatch {
-    fn open(folder: &str, device: &str, dtype: &str) -> Result<Self> {
-        let unet = UNet::load(Path::new(folder), diffusion::dtype(dtype)?, &diffusion::device(device)?)?;
+    fn open(folder: &str, device: &str, dtype: &str, tap: Option<&str>) -> Result<Self> {
+        let (folder, dtype, device) = (Path::new(folder), diffusion::dtype(dtype)?, diffusion::device(device)?);
+        let unet = match tap {
+            Some(tap) => UNet::load_to(folder, tap, dtype, &device)?,
+            None => UNet::load(folder, dtype, &device)?,
+        };
         Ok(Self { unet, adapters: HashMap::new(), noise: Noise(1) })
     }
 
@@ -91,10 +96,10 @@ impl Stopwatch {
         let words: Vec<&str> = line.split_whitespace().collect();
         let (what, tap, size, batch) = match words[..] {
             ["guided", size, batch] => ("guided", None, size, batch),
-            [what @ ("features" | "correct"), tap, size, batch] => (what, Some(tap), size, batch),
+            [what @ ("features" | "adapter" | "correct"), tap, size, batch] => (what, Some(tap), size, batch),
             _ => {
                 return Err(
-                    format!("`{line}`: expected `guided SIZE BATCH` or `features|correct TAP SIZE BATCH`").into()
+                    format!("`{line}`: expected `guided SIZE BATCH` or `features|adapter|correct TAP SIZE BATCH`").into()
                 );
             }
         };
@@ -121,6 +126,13 @@ impl Stopwatch {
             return Ok(started.elapsed().as_secs_f64());
         };
         let block = self.unet.config().tap(tap)?;
+        if what == "adapter" {
+            let features = self.unet.features(&z, &times, &text, block)?.to_dtype(DType::F32)?;
+            device.synchronize()?;
+            let started = Instant::now();
+            numbers(&score_and_gradient(&self.adapters[tap], &features, &times, &pooled)?.1)?;
+            return Ok(started.elapsed().as_secs_f64());
+        }
         if what == "features" {
             self.unet.features(&z, &times, &text, block)?;
             device.synchronize()?;
@@ -141,10 +153,12 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f32>> {
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [folder, device, dtype] = &arguments[..] else {
-        return Err("usage: stopwatch UNET_FOLDER DEVICE DTYPE".into());
+    let (folder, device, dtype, tap) = match &arguments[..] {
+        [folder, device, dtype] => (folder, device, dtype, None),
+        [folder, device, dtype, tap] => (folder, device, dtype, Some(tap.as_str())),
+        _ => return Err("usage: stopwatch UNET_FOLDER DEVICE DTYPE [TAP]".into()),
     };
-    let mut stopwatch = Stopwatch::open(folder, device, dtype)?;
+    let mut stopwatch = Stopwatch::open(folder, device, dtype, tap)?;
     for line in std::io::stdin().lines() {
         let line = line?;
         // On a thread of the pool, as `host-demo` and the plugin compute.
