@@ -51,7 +51,11 @@ static void host_log(const sh_host *host, int32_t level, sh_string message) {
   if (level <= SH_LOG_INFO) fprintf(stderr, "plugin: %.*s\n", (int)message.size, message.data ? message.data : "");
 }
 
-static int32_t host_cancelled(const sh_host *host) { return *(const int32_t *)host->instance; }
+/* Nonzero when the user does not want to wait. Asked from any thread: a flag that another thread sets must be atomic. */
+static int32_t host_cancelled(const sh_host *host) {
+  (void)host;
+  return 0;
+}
 
 static const void *host_extension(const sh_host *host, sh_string id) {
   (void)host;
@@ -135,8 +139,7 @@ int main(int argc, char **argv) {
 
   static float latents[COUNT];
   fill_with_noise(latents);
-  int32_t cancel = 0; /* a host sets it when its user does not want to wait */
-  sh_host host = {sizeof(host), 0, &cancel, string("c-host"), string("1.0"), host_log, host_cancelled, host_extension};
+  sh_host host = {sizeof(host), 0, NULL, string("c-host"), string("1.0"), host_log, host_cancelled, host_extension};
   sh_error error = {sizeof(error), SH_OK, {0}};
   const sh_plugin *plugin = NULL;
   sh_status status = entry->create(entry->descriptor(0)->id, &host, string(argv[2]), &plugin, &error);

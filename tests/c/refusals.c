@@ -98,9 +98,9 @@ static void creating(const char *good, const char *broken) {
   static const sh_plugin untouched, *plugin = &untouched;
   sh_string dpt = string("dpt"), config = string(good);
   REFUSED(entry->create(string("other"), &host, config, &plugin, &error), SH_NOT_FOUND, "other");
-  REFUSED(entry->create((sh_string){NULL, 3}, &host, config, &plugin, &error), SH_INVALID_ARGUMENT, "NULL");
-  REFUSED(entry->create(dpt, NULL, config, &plugin, &error), SH_INVALID_ARGUMENT, "host");
-  REFUSED(entry->create(dpt, &host, config, NULL, &error), SH_INVALID_ARGUMENT, "NULL");
+  REFUSED(entry->create((sh_string){NULL, 3}, &host, config, &plugin, &error), SH_INVALID_ARGUMENT, "id is NULL");
+  REFUSED(entry->create(dpt, NULL, config, &plugin, &error), SH_INVALID_ARGUMENT, "host is NULL");
+  REFUSED(entry->create(dpt, &host, config, NULL, &error), SH_INVALID_ARGUMENT, "plugin is NULL");
   REFUSED(entry->create(dpt, &host, (sh_string){NULL, 0}, &plugin, &error), SH_INVALID_CONFIG, "empty");
   REFUSED(entry->create(dpt, &host, string("{\"adapter\""), &plugin, &error), SH_INVALID_CONFIG, "EOF");
   REFUSED(entry->create(dpt, &host, string("{\"adapter\": \"a\", \"etta\": 1}"), &plugin, &error), SH_INVALID_CONFIG,
@@ -128,18 +128,21 @@ static void preparing(const sh_plugin *plugin) {
   sh_needs needs = {sizeof(needs), 0, {NULL, 0}};
   REFUSED(plugin->needs(plugin, &needs, &error), SH_INVALID_STATE, "CREATED");
   REFUSED(plugin->end(plugin, &error), SH_INVALID_STATE, "CREATED");
-  REFUSED(plugin->prepare(plugin, NULL, cpu, &error), SH_INVALID_ARGUMENT, "NULL");
+  REFUSED(plugin->prepare(plugin, NULL, cpu, &error), SH_INVALID_ARGUMENT, "model is NULL");
   REFUSED(plugin->prepare(plugin, &model, cuda, &error), SH_UNSUPPORTED, "Cuda");
-  REFUSED(plugin->prepare(plugin, &model, unknown, &error), SH_UNSUPPORTED, "77");
-  REFUSED_WITH(sh_model, model, struct_size = 8, plugin->prepare(plugin, &bad, cpu, &error), SH_INVALID_ARGUMENT, "8");
+  REFUSED(plugin->prepare(plugin, &model, unknown, &error), SH_UNSUPPORTED, "type 77");
+  REFUSED_WITH(sh_model, model, struct_size = 8, plugin->prepare(plugin, &bad, cpu, &error), SH_INVALID_ARGUMENT,
+               "struct_size 8");
   REFUSED_WITH(sh_model, model, prediction = SH_PREDICTION_FLOW, plugin->prepare(plugin, &bad, cpu, &error),
                SH_UNSUPPORTED, "flow");
-  REFUSED_WITH(sh_model, model, unet_in_channels = 9, plugin->prepare(plugin, &bad, cpu, &error), SH_UNSUPPORTED, "9");
+  REFUSED_WITH(sh_model, model, unet_in_channels = 9, plugin->prepare(plugin, &bad, cpu, &error), SH_UNSUPPORTED,
+               "9 channels");
   REFUSED_WITH(sh_model, model, alphas_cumprod_count = 5, plugin->prepare(plugin, &bad, cpu, &error),
                SH_INVALID_ARGUMENT, "NULL");
   ok(plugin->prepare(plugin, &model, cpu, &error), "prepare");
-  REFUSED(plugin->needs(plugin, NULL, &error), SH_INVALID_ARGUMENT, "NULL");
-  REFUSED_WITH(sh_needs, needs, struct_size = 4, plugin->needs(plugin, &bad, &error), SH_INVALID_ARGUMENT, "4");
+  REFUSED(plugin->needs(plugin, NULL, &error), SH_INVALID_ARGUMENT, "needs is NULL");
+  REFUSED_WITH(sh_needs, needs, struct_size = 4, plugin->needs(plugin, &bad, &error), SH_INVALID_ARGUMENT,
+               "struct_size 4");
   ok(plugin->needs(plugin, &needs, &error), "needs");
   expect(equals(needs.tap, "mid") && !(needs.flags & SH_NEEDS_GRADIENT), "what the plugin needs");
   expect(plugin->extension(plugin, string("sampler-hook.params/99")) == NULL, "an unknown extension");
@@ -152,9 +155,9 @@ static void beginning(const sh_plugin *plugin) {
   sh_text text = {sizeof(text), 0, NULL, NULL, NULL, &prompt};
   sh_run run = {sizeof(run), 1, STEPS, 0, 4, &text};
   REFUSED(plugin->step(plugin, NULL, NULL, NULL, NULL, &error), SH_INVALID_STATE, "PREPARED");
-  REFUSED(plugin->begin(plugin, NULL, &error), SH_INVALID_ARGUMENT, "NULL");
-  REFUSED_WITH(sh_run, run, struct_size = 8, plugin->begin(plugin, &bad, &error), SH_INVALID_ARGUMENT, "8");
-  REFUSED_WITH(sh_run, run, steps = 0, plugin->begin(plugin, &bad, &error), SH_INVALID_ARGUMENT, "step");
+  REFUSED(plugin->begin(plugin, NULL, &error), SH_INVALID_ARGUMENT, "run is NULL");
+  REFUSED_WITH(sh_run, run, struct_size = 8, plugin->begin(plugin, &bad, &error), SH_INVALID_ARGUMENT, "struct_size 8");
+  REFUSED_WITH(sh_run, run, steps = 0, plugin->begin(plugin, &bad, &error), SH_INVALID_ARGUMENT, "at least one step");
   REFUSED_WITH(sh_run, run, text = NULL, plugin->begin(plugin, &bad, &error), SH_INVALID_ARGUMENT, "context");
 
   float numbers[2 * 3] = {0};
@@ -162,7 +165,7 @@ static void beginning(const sh_plugin *plugin) {
   sh_view flat = view_of(numbers, 2, two_dims, 0), wide = view_of(numbers, 3, two_items, 0);
 #define REFUSED_TEXT(change, status, part) \
   REFUSED_WITH(sh_text, text, change, (run.text = &bad, plugin->begin(plugin, &run, &error)), status, part)
-  REFUSED_TEXT(struct_size = 8, SH_INVALID_ARGUMENT, "8");
+  REFUSED_TEXT(struct_size = 8, SH_INVALID_ARGUMENT, "struct_size 8");
   REFUSED_TEXT(prompts = &not_there, SH_INVALID_ARGUMENT, "NULL");
   REFUSED_TEXT(prompts = &not_utf8, SH_INVALID_ARGUMENT, "UTF-8");
   REFUSED_TEXT(context = &flat, SH_SHAPE_MISMATCH, "[1, 3]");
@@ -186,37 +189,37 @@ static void stepping(const sh_plugin *plugin) {
 #define REFUSED_STEP(change, part) \
   REFUSED_WITH(sh_step, step, change, plugin->step(plugin, &bad, &good, &good, &report, &error), SH_INVALID_ARGUMENT, \
                part)
-  REFUSED_STEP(struct_size = 8, "8");
+  REFUSED_STEP(struct_size = 8, "struct_size 8");
   REFUSED_STEP(index = STEPS, "step 3 of 3");
-  REFUSED_STEP(count = 7, "7");
-  REFUSED_STEP(alpha_bar = 1.5, "1.5");
-  REFUSED_STEP(timestep = NAN, "timestep");
-  REFUSED_STEP(space = 0, "space");
-  REFUSED_STEP(flags = 0x80, "0x80");
-  REFUSED(plugin->step(plugin, NULL, &good, &good, &report, &error), SH_INVALID_ARGUMENT, "NULL");
-  REFUSED(plugin->step(plugin, &step, NULL, &good, &report, &error), SH_INVALID_ARGUMENT, "NULL");
-  REFUSED(plugin->step(plugin, &step, &good, NULL, &report, &error), SH_INVALID_ARGUMENT, "NULL");
+  REFUSED_STEP(count = 7, "count 7");
+  REFUSED_STEP(alpha_bar = 1.5, "alpha_bar 1.5");
+  REFUSED_STEP(timestep = NAN, "timestep is NaN");
+  REFUSED_STEP(space = 0, "unknown space 0");
+  REFUSED_STEP(flags = 0x80, "unknown flags 0x80");
+  REFUSED(plugin->step(plugin, NULL, &good, &good, &report, &error), SH_INVALID_ARGUMENT, "step is NULL");
+  REFUSED(plugin->step(plugin, &step, NULL, &good, &report, &error), SH_INVALID_ARGUMENT, "latents is NULL");
+  REFUSED(plugin->step(plugin, &step, &good, NULL, &report, &error), SH_INVALID_ARGUMENT, "out is NULL");
   REFUSED_WITH(sh_report, report, struct_size = 8, plugin->step(plugin, &step, &good, &good, &bad, &error),
-               SH_INVALID_ARGUMENT, "8");
+               SH_INVALID_ARGUMENT, "struct_size 8");
   REFUSED_WITH(sh_report, report, item_size = 2, plugin->step(plugin, &step, &good, &good, &bad, &error),
-               SH_INVALID_ARGUMENT, "2");
+               SH_INVALID_ARGUMENT, "item_size 2");
 
   int64_t two_items[4] = {2, 4, 8, 16}, channels[4] = {1, 2, 16, 32}, negative[4] = {1, 4, -16, 16};
   int64_t huge[4] = {1, 4, INT64_MAX, INT64_MAX}, odd[4] = {1, 4, 16, 8};
 #define REFUSED_VIEW(change, status, part) \
   REFUSED_WITH(sh_view, good, change, plugin->step(plugin, &step, &bad, &bad, &report, &error), status, part)
-  REFUSED_VIEW(struct_size = 8, SH_INVALID_ARGUMENT, "8");
-  REFUSED_VIEW(flags = 0x80, SH_INVALID_ARGUMENT, "0x80");
+  REFUSED_VIEW(struct_size = 8, SH_INVALID_ARGUMENT, "struct_size 8");
+  REFUSED_VIEW(flags = 0x80, SH_INVALID_ARGUMENT, "unknown flags 0x80");
   REFUSED_VIEW(flags = SH_VIEW_READ_ONLY, SH_INVALID_ARGUMENT, "read-only");
-  REFUSED_VIEW(tensor.data = NULL, SH_INVALID_ARGUMENT, "NULL");
-  REFUSED_VIEW(tensor.shape = NULL, SH_INVALID_ARGUMENT, "NULL");
-  REFUSED_VIEW(tensor.device.device_type = SH_DEVICE_CUDA, SH_UNSUPPORTED, "CPU");
-  REFUSED_VIEW(tensor.device.device_type = 77, SH_UNSUPPORTED, "77");
-  REFUSED_VIEW(tensor.dtype.bits = 64, SH_DTYPE_MISMATCH, "64");
-  REFUSED_VIEW(tensor.dtype.code = 0, SH_DTYPE_MISMATCH, "0");
-  REFUSED_VIEW(tensor.dtype.lanes = 2, SH_DTYPE_MISMATCH, "2");
+  REFUSED_VIEW(tensor.data = NULL, SH_INVALID_ARGUMENT, "data is NULL");
+  REFUSED_VIEW(tensor.shape = NULL, SH_INVALID_ARGUMENT, "shape is NULL");
+  REFUSED_VIEW(tensor.device.device_type = SH_DEVICE_CUDA, SH_UNSUPPORTED, "on a CUDA device");
+  REFUSED_VIEW(tensor.device.device_type = 77, SH_UNSUPPORTED, "type 77");
+  REFUSED_VIEW(tensor.dtype.bits = 64, SH_DTYPE_MISMATCH, "64 bits");
+  REFUSED_VIEW(tensor.dtype.code = 0, SH_DTYPE_MISMATCH, "code 0");
+  REFUSED_VIEW(tensor.dtype.lanes = 2, SH_DTYPE_MISMATCH, "2 lanes");
   REFUSED_VIEW(tensor.ndim = 3, SH_SHAPE_MISMATCH, "[1, 4, 16]");
-  REFUSED_VIEW(tensor.ndim = -1, SH_INVALID_ARGUMENT, "-1");
+  REFUSED_VIEW(tensor.ndim = -1, SH_INVALID_ARGUMENT, "ndim -1");
   REFUSED_VIEW(tensor.shape = two_items, SH_SHAPE_MISMATCH, "[2, 4, 8, 16]");
   REFUSED_VIEW(tensor.shape = channels, SH_SHAPE_MISMATCH, "[1, 2, 16, 32]");
   REFUSED_VIEW(tensor.shape = negative, SH_INVALID_ARGUMENT, "negative");
@@ -229,7 +232,7 @@ static void stepping(const sh_plugin *plugin) {
   REFUSED(plugin->step(plugin, &step, &good, &out, &report, &error), SH_DTYPE_MISMATCH, "F16");
 
   latents[7] = NAN;
-  REFUSED(plugin->step(plugin, &step, &good, &good, &report, &error), SH_NON_FINITE, "");
+  REFUSED(plugin->step(plugin, &step, &good, &good, &report, &error), SH_NON_FINITE, "NaN");
   latents[7] = before[7];
   during = (struct during){plugin, 1, 0};
   REFUSED(plugin->step(plugin, &step, &good, &good, &report, &error), SH_CANCELLED, "cancelled");
@@ -244,7 +247,7 @@ static void stepping(const sh_plugin *plugin) {
   double value;
   REFUSED(params->get(plugin, 1000, &value, &error), SH_INVALID_ARGUMENT, "1000");
   REFUSED(params->get(plugin, 0, NULL, &error), SH_INVALID_ARGUMENT, "NULL");
-  REFUSED(params->set(plugin, 0, NAN, &error), SH_INVALID_ARGUMENT, "");
+  REFUSED(params->set(plugin, 0, NAN, &error), SH_INVALID_ARGUMENT, "NaN");
 }
 
 /* A whole step that nothing is wrong with, on the latents as they are. */
