@@ -51,11 +51,8 @@ static void host_log(const sh_host *host, int32_t level, sh_string message) {
   if (level <= SH_LOG_INFO) fprintf(stderr, "plugin: %.*s\n", (int)message.size, message.data ? message.data : "");
 }
 
-/* Nonzero when the user does not want to wait. Asked from any thread: a flag that another thread sets must be atomic. */
-static int32_t host_cancelled(const sh_host *host) {
-  (void)host;
-  return 0;
-}
+/* Nonzero when the user does not want to wait; asked from any thread, so a flag behind it must be atomic. */
+static int32_t host_cancelled(const sh_host *host) { return (void)host, 0; }
 
 static const void *host_extension(const sh_host *host, sh_string id) {
   (void)host;
