@@ -136,13 +136,6 @@ fn an_addition_to_the_header_is_noticed() {
     assert_eq!(run.1.iter().map(String::as_str).collect::<Vec<_>>()[4..], ["guidance_scale", "more", "text"]);
 }
 
-#[test]
-fn the_header_is_c_plus_plus() {
-    let file = scratch("layout_cpp").join("header.cpp");
-    std::fs::write(&file, "#include \"sampler_hook.h\"\nint main() { return sizeof(sh_entry) == 0; }\n").unwrap();
-    compile("c++", &["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"], &[&file]).unwrap();
-}
-
 /// The codes are append-only: a reader of an older version has to find them unchanged.
 #[test]
 fn statuses_keep_their_codes() {

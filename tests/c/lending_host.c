@@ -6,21 +6,10 @@
  * (a line "NAME NDIM EXTENT.." each) with their numbers one after the other in tensors.f32, and pooled, context, latents, features
  * and gradient as raw f32 with their shapes in shapes.txt. Writes stepped.f32, cotangent.f32 and applied.f32.
  */
-#include <dlfcn.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "sampler_hook.h"
+#include "common.h"
 
 #define MOST_DIMS 4
 #define MOST_TENSORS 4096
-
-static void expect(int holds, const char *what) {
-  if (holds) return;
-  fprintf(stderr, "failed: %s\n", what);
-  exit(1);
-}
 
 static char folder[1024];
 
@@ -63,24 +52,13 @@ struct lender {
   uint64_t reads, progresses, last_done, last_total;
 };
 
-static sh_view view_of(const struct tensor *tensor, uint32_t flags) {
-  sh_view view = {.struct_size = sizeof(view), .flags = flags};
-  view.tensor.data = tensor->values;
-  view.tensor.device.device_type = SH_DEVICE_CPU;
-  view.tensor.ndim = tensor->ndim;
-  view.tensor.dtype = (DLDataType){2, 32, 1};
-  view.tensor.shape = (int64_t *)tensor->shape;
-  return view;
+static sh_view view(const struct tensor *tensor, uint32_t flags) {
+  return view_of(tensor->values, tensor->ndim, (int64_t *)tensor->shape, flags);
 }
 
 /* ---- The host's table and its extensions -------------------------------------------------------------------------------- */
 
 static struct lender *lender_of(const sh_host *host) { return host->instance; }
-
-static void host_log(const sh_host *host, int32_t level, sh_string message) {
-  (void)host;
-  printf("log %d: %.*s\n", level, (int)message.size, message.data ? message.data : "");
-}
 
 static int32_t host_cancelled(const sh_host *host) {
   (void)host;
@@ -97,7 +75,7 @@ static uint64_t weights_count(const sh_host *host) { return lender_of(host)->cou
 static sh_string weights_name(const sh_host *host, uint64_t index) {
   struct lender *lender = lender_of(host);
   if (index >= lender->count) return (sh_string){NULL, 0};
-  return (sh_string){lender->tensors[index].name, strlen(lender->tensors[index].name)};
+  return string(lender->tensors[index].name);
 }
 
 static sh_status weights_tensor(const sh_host *host, uint64_t index, sh_view *tensor, uint64_t *revision, sh_error *error) {
@@ -109,7 +87,7 @@ static sh_status weights_tensor(const sh_host *host, uint64_t index, sh_view *te
   }
   *revision = 1;
   if (tensor != NULL) {
-    *tensor = view_of(&lender->tensors[index], SH_VIEW_READ_ONLY);
+    *tensor = view(&lender->tensors[index], SH_VIEW_READ_ONLY);
     lender->reads++;
   }
   return SH_OK;
@@ -127,8 +105,8 @@ static const void *host_extension(const sh_host *host, sh_string id) {
   static const sh_host_weights weights = {sizeof(weights), 0, weights_revision, weights_count, weights_name, weights_tensor};
   static const sh_host_progress progress = {sizeof(progress), 0, show_progress};
   (void)host;
-  if (id.size == strlen(SH_HOST_WEIGHTS) && memcmp(id.data, SH_HOST_WEIGHTS, id.size) == 0) return &weights;
-  if (id.size == strlen(SH_HOST_PROGRESS) && memcmp(id.data, SH_HOST_PROGRESS, id.size) == 0) return &progress;
+  if (equals(id, SH_HOST_WEIGHTS)) return &weights;
+  if (equals(id, SH_HOST_PROGRESS)) return &progress;
   return NULL;
 }
 
@@ -188,12 +166,12 @@ static const sh_plugin *begin(const sh_entry *entry, const sh_host *host, const 
   const sh_plugin *plugin = NULL;
   ok(entry->create(entry->descriptor(0)->id, host, (sh_string){text, size}, &plugin, &error), "create");
   const double alphas[3] = {0.999, 0.5, 0.005};
-  sh_model model = {.struct_size = sizeof(model), .prediction = SH_PREDICTION_EPSILON, .family = {"sd1", 3},
+  sh_model model = {.struct_size = sizeof(model), .prediction = SH_PREDICTION_EPSILON, .family = string("sd1"),
                     .unet_in_channels = 4, .latent_channels = 4, .alphas_cumprod = alphas, .alphas_cumprod_count = 3,
-                    .unet_config = {unet, strlen(unet)}};
+                    .unet_config = string(unet)};
   ok(plugin->prepare(plugin, &model, (DLDevice){SH_DEVICE_CPU, 0}, &error), "prepare");
-  sh_view context = view_of(find(tensors, count, "context"), SH_VIEW_READ_ONLY);
-  sh_view pooled = view_of(find(tensors, count, "pooled"), SH_VIEW_READ_ONLY);
+  sh_view context = view(find(tensors, count, "context"), SH_VIEW_READ_ONLY);
+  sh_view pooled = view(find(tensors, count, "pooled"), SH_VIEW_READ_ONLY);
   sh_text given = {.struct_size = sizeof(given), .context = &context, .pooled = &pooled};
   sh_run run = {.struct_size = sizeof(run), .batch = 2, .steps = 4, .guidance_scale = 5, .text = &given};
   ok(plugin->begin(plugin, &run, &error), "begin");
@@ -205,12 +183,7 @@ static const sh_plugin *begin(const sh_entry *entry, const sh_host *host, const 
 int main(int argc, char **argv) {
   expect(argc == 3, "usage: lending_host LIBRARY FOLDER");
   snprintf(folder, sizeof(folder), "%s", argv[2]);
-  void *library = dlopen(argv[1], RTLD_NOW);
-  expect(library != NULL, "dlopen");
-  sh_entry_fn entry_of;
-  *(void **)&entry_of = dlsym(library, SH_ENTRY_SYMBOL);
-  expect(entry_of != NULL, "dlsym");
-  const sh_entry *entry = entry_of(SH_ABI_MAJOR);
+  const sh_entry *entry = open_library(argv[1])(SH_ABI_MAJOR);
   expect(entry != NULL, "entry");
 
   static struct lender lender;
@@ -218,7 +191,7 @@ int main(int argc, char **argv) {
   size_t size;
   lender.count = read_tensors("tensors.txt", read_file("tensors.f32", &size), lender.tensors);
   uint64_t count = read_tensors("shapes.txt", read_file("shapes.f32", &size), inputs);
-  sh_host host = {sizeof(host), 0, &lender, {"lending host", 12}, {"1", 1}, host_log, host_cancelled, host_extension};
+  sh_host host = {sizeof(host), 0, &lender, string("lending host"), string("1"), host_log, host_cancelled, host_extension};
   sh_step step = {.struct_size = sizeof(step), .index = 0, .count = 4, .timestep = 800, .alpha_bar = 0.04, .space = SH_SPACE_VP};
   sh_item_report items[2];
   sh_report report = {.struct_size = sizeof(report), .item_size = sizeof(items[0]), .items = items, .item_count = 2};
@@ -231,7 +204,7 @@ int main(int argc, char **argv) {
   const struct tensor *latents = find(inputs, count, "latents");
   struct tensor out = *latents;
   out.values = calloc(elements(latents), sizeof(float));
-  sh_view from = view_of(latents, SH_VIEW_READ_ONLY), to = view_of(&out, 0);
+  sh_view from = view(latents, SH_VIEW_READ_ONLY), to = view(&out, 0);
   ok(plugin->step(plugin, &step, &from, &to, &report, &error), "step");
   expect(report.outcome == SH_CORRECTED && items[0].status == SH_OK && items[1].status == SH_OK, "both items are corrected");
   write_floats("stepped.f32", out.values, elements(&out));
@@ -242,18 +215,18 @@ int main(int argc, char **argv) {
 
   /* The two halves, on features and a gradient that another program computed. */
   plugin = begin(entry, &host, "split.json", inputs, count);
-  const sh_plugin_split *split = plugin->extension(plugin, (sh_string){SH_PLUGIN_SPLIT, strlen(SH_PLUGIN_SPLIT)});
+  const sh_plugin_split *split = plugin->extension(plugin, string(SH_PLUGIN_SPLIT));
   expect(split != NULL && split->struct_size >= sizeof(*split), "split/1");
   ok(split->score(plugin, &step, NULL, NULL, &report, &error), "score without features");
   expect(report.outcome == SH_CORRECTED, "the step will be corrected");
   const struct tensor *features = find(inputs, count, "features");
   struct tensor cotangent = *features;
   cotangent.values = calloc(elements(features), sizeof(float));
-  sh_view activation = view_of(features, SH_VIEW_READ_ONLY), slope = view_of(&cotangent, 0);
+  sh_view activation = view(features, SH_VIEW_READ_ONLY), slope = view(&cotangent, 0);
   ok(split->score(plugin, &step, &activation, &slope, &report, &error), "score");
   write_floats("cotangent.f32", cotangent.values, elements(&cotangent));
   printf("scores %.6f %.6f\n", items[0].score, items[1].score);
-  sh_view gradient = view_of(find(inputs, count, "gradient"), SH_VIEW_READ_ONLY);
+  sh_view gradient = view(find(inputs, count, "gradient"), SH_VIEW_READ_ONLY);
   ok(split->apply(plugin, &step, &from, &gradient, &to, &report, &error), "apply");
   write_floats("applied.f32", out.values, elements(&out));
   /* A step is not what this configuration is for; nothing is written. */
@@ -261,6 +234,8 @@ int main(int argc, char **argv) {
   expect(plugin->step(plugin, &step, &from, &to, &report, &error) == SH_UNSUPPORTED, "step is refused");
   expect(strstr(error.message, "split/1") != NULL && out.values[0] == 0, "and says why");
   plugin->destroy(plugin);
+  free(out.values);
+  free(cotangent.values);
   printf("done\n");
   return 0;
 }

@@ -1,13 +1,13 @@
 //! A host in C that lends weights, shows progress and calls the halves of a step, against the same from Rust.
 
 use std::path::Path;
-use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
+use tests::cc::{self, Language};
 use tests::dpt::{Texts, correct, float_bits, host_config, latents, own_config, running, scratch, step, unet_config};
 use tests::hosts::plain;
-use tests::{cc, committed, plugin_library, tiny_unet, values};
+use tests::{committed, plugin_library, tiny_unet, values};
 
 fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
@@ -64,8 +64,8 @@ fn a_c_host_lends_and_calls_both_halves() {
     }
     std::fs::write(folder.join("unet.json"), unet_config(&committed("sd1-tiny"))).unwrap();
 
-    let host = cc::program("lending_host", &folder);
-    let done = Command::new(host).arg(plugin_library()).arg(&folder).env("RAYON_NUM_THREADS", "2").output().unwrap();
+    let host = cc::program(Language::C11, &cc::source("lending_host.c"), &folder);
+    let done = cc::run(&host, &[plugin_library().as_os_str(), folder.as_os_str()]);
     let printed = String::from_utf8_lossy(&done.stdout).into_owned();
     assert!(done.status.success(), "{printed}{}", String::from_utf8_lossy(&done.stderr));
     assert!(printed.ends_with("done\n"), "{printed}");

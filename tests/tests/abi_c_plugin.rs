@@ -27,7 +27,7 @@ impl Host for Listener {
 fn library(name: &str) -> Library {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&folder).unwrap();
-    Library::open(cc::library("tiny_plugin", &folder)).unwrap()
+    Library::open(cc::library("tiny_plugin", false, &folder)).unwrap()
 }
 
 fn prepared(library: &Library, config: &str) -> Instance {
@@ -126,6 +126,15 @@ fn halves_are_rounded_as_ieee_says() {
     for (before, after) in all.iter().zip(&out) {
         assert_eq!(after.to_bits(), f16::from_f32(before.to_f32() * 0.3).to_bits(), "{before}");
     }
+}
+
+#[test]
+fn an_empty_batch_is_no_error() {
+    let library = library("c_plugin_empty");
+    let mut instance = prepared(&library, "");
+    instance.begin(&run(0)).unwrap();
+    let report = instance.step_in_place(&STEP, &mut ViewMut::new(&mut [0f32; 0], &[0, 2, 1, 3]).unwrap()).unwrap();
+    assert_eq!((report.outcome, report.items.len()), (Outcome::SkippedEmpty, 0));
 }
 
 #[test]
