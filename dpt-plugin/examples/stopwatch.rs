@@ -98,9 +98,10 @@ impl Stopwatch {
             ["guided", size, batch] => ("guided", None, size, batch),
             [what @ ("features" | "adapter" | "correct"), tap, size, batch] => (what, Some(tap), size, batch),
             _ => {
-                return Err(
-                    format!("`{line}`: expected `guided SIZE BATCH` or `features|adapter|correct TAP SIZE BATCH`").into()
-                );
+                return Err(format!(
+                    "`{line}`: expected `guided SIZE BATCH` or `features|adapter|correct TAP SIZE BATCH`"
+                )
+                .into());
             }
         };
         let (size, batch): (usize, usize) = (size.parse()?, batch.parse()?);

@@ -10,9 +10,14 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
+use std::sync::{LazyLock, PoisonError, RwLock};
+
 use candle_core::backend::BackendStorage;
-use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys};
-use candle_core::cuda::{CudaDType, CudaDevice, CudaStorage};
+use candle_core::cuda::cudarc::driver::{
+    CudaFunction, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, sys,
+};
+use candle_core::cuda::{CudaDType, CudaDevice, CudaStorage, DeviceId};
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
 use half::{bf16, f16};
@@ -128,19 +133,32 @@ impl<'a> Kernels<'a> {
     /// # Safety
     /// The arguments are those of the kernel, and the tensors behind them have the sizes that it is told.
     unsafe fn launch(&self, ptx: &Ptx, name: &str, config: LaunchConfig, arguments: &[&dyn Argument]) -> Result<()> {
-        let suffix = self.dtype.as_str();
-        let function = self.device.get_or_load_custom_func(&format!("{name}_{suffix}"), ptx.name, ptx.source)?;
-        if config.shared_mem_bytes > 48 << 10 {
-            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(attribute, config.shared_mem_bytes as i32).map_err(candle_core::Error::wrap)?;
-        }
-        let mut builder = function.builder();
+        let function = self.function(ptx, format!("{name}_{}", self.dtype.as_str()), config.shared_mem_bytes)?;
+        let stream = self.device.cuda_stream();
+        let mut builder = stream.launch_builder(&function);
         for argument in arguments {
             argument.push(&mut builder);
         }
         // SAFETY: the caller's promise.
         unsafe { builder.launch(config) }.map_err(candle_core::Error::wrap)?;
         Ok(())
+    }
+
+    /// A kernel that may use `shared` bytes of shared memory. They are kept: asking the driver takes as long as a launch.
+    fn function(&self, ptx: &Ptx, name: String, shared: u32) -> Result<CudaFunction> {
+        type Functions = HashMap<(DeviceId, String, u32), CudaFunction>;
+        static FUNCTIONS: LazyLock<RwLock<Functions>> = LazyLock::new(RwLock::default);
+        let key = (self.device.id(), name, shared);
+        if let Some(function) = FUNCTIONS.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(function.clone());
+        }
+        let function = self.device.get_or_load_custom_func(&key.1, ptx.name, ptx.source)?.into_cuda_function();
+        if shared > 48 << 10 {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, shared as i32).map_err(candle_core::Error::wrap)?;
+        }
+        FUNCTIONS.write().unwrap_or_else(PoisonError::into_inner).insert(key, function.clone());
+        Ok(function)
     }
 }
 
