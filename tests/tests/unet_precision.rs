@@ -14,21 +14,26 @@ fn text(unet: &UNet) -> TextKeys {
     unet.text(&values(2, (2, 7, 32))).unwrap()
 }
 
+/// What diffusers 0.42.1 (PyTorch 2.15, CPU) is off by in bfloat16 for these very inputs, in the gradients of each tap: its eight
+/// bits are few for so deep a network.
+const PYTORCH_BF16: [f64; 9] = [0.0251, 0.0655, 0.0794, 0.0785, 0.1090, 0.0938, 0.0844, 0.1002, 0.1141];
+
 #[test]
 fn half_precision_agrees_with_single() {
-    agrees_with_single(DType::F16, 2e-2);
+    agrees_with_single(DType::F16, 2e-2, [2e-2; 9]);
     // candle convolves no bf16 on the CPU.
     if !device().is_cpu() {
-        // PyTorch's own bfloat16 is off by 2 to 9 % in such gradients of this model.
-        agrees_with_single(DType::BF16, 9e-2);
+        agrees_with_single(DType::BF16, 5e-2, PYTORCH_BF16.map(|error| 1.2 * error));
     }
 }
 
-fn agrees_with_single(dtype: DType, tolerance: f64) {
+fn agrees_with_single(dtype: DType, tolerance: f64, of_gradients: [f64; 9]) {
     let (single, half) = (tiny_unet("sd2", DType::F32), tiny_unet("sd2", dtype));
     assert_eq!(half.dtype(), dtype);
     let (single_text, half_text) = (text(&single), text(&half));
-    for tap in single.config().taps() {
+    let taps = single.config().taps();
+    assert_eq!(taps.len(), of_gradients.len());
+    for (tap, of_gradient) in taps.into_iter().zip(of_gradients) {
         let (expected, tape) = single.forward_to(&latents(), &TIMESTEPS, &single_text, tap).unwrap();
         let cotangent = values(3, expected.shape());
         let gradient = single.vjp(tape, &cotangent).unwrap();
@@ -37,7 +42,7 @@ fn agrees_with_single(dtype: DType, tolerance: f64) {
         assert_close(&format!("{tap} {dtype:?}"), &found, &expected, tolerance);
         let found = half.vjp(tape, &cotangent).unwrap();
         assert_eq!(found.dtype(), DType::F32, "the cotangent's, so that no small gradient is lost in f16");
-        assert_close(&format!("{tap} {dtype:?} gradient"), &found, &gradient, tolerance);
+        assert_close(&format!("{tap} {dtype:?} gradient"), &found, &gradient, of_gradient);
     }
     let expected = single.forward(&latents(), &TIMESTEPS, &single_text).unwrap();
     assert_close("noise", &half.forward(&latents(), &TIMESTEPS, &half_text).unwrap(), &expected, tolerance);
