@@ -344,6 +344,16 @@ impl Scope<'_> {
         Ok(tensor)
     }
 
+    /// Has [`Self::taken`] give the same values where a layer keeps them: what was delivered is let go of.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn keep_instead(&self, name: &str, tensor: &Tensor) {
+        let name = self.full(name);
+        let mut taken = self.checkpoint.taken.borrow_mut();
+        let kept = taken.get_mut(&name).and_then(Option::as_mut).expect("a tensor that was taken");
+        assert_eq!(kept.shape(), tensor.shape(), "`{name}`");
+        *kept = tensor.clone();
+    }
+
     /// The tensors taken from the checkpoint so far, as delivered, by their full names. They share the memory of those that
     /// the layers hold.
     pub fn taken(&self) -> BTreeMap<String, Tensor> {

@@ -9,7 +9,7 @@ use crate::{Result, Scope};
 
 /// A 3x3 convolution, padding 1, stride 1 or 2.
 pub(crate) struct Conv2d {
-    kernel: Tensor,
+    pub(super) kernel: Tensor,
     bias: Tensor,
     stride: usize,
     /// What the input gradient convolves with, where no kernel of the CPU takes it as it is; made at the first `vjp`, because most
@@ -24,14 +24,30 @@ impl Conv2d {
     pub(crate) fn load(scope: &Scope, inputs: usize, outputs: usize, stride: usize) -> Result<Self> {
         assert!(stride == 1 || stride == 2, "stride {stride}");
         let kernel = scope.tensor("weight", &[outputs, inputs, 3, 3])?;
+        #[cfg(feature = "cuda")]
+        let (kernel, packed) = Self::pack(scope, kernel)?;
         Ok(Self {
+            kernel,
             bias: scope.tensor("bias", &[outputs])?,
             stride,
             adjoint: OnceLock::new(),
             #[cfg(feature = "cuda")]
-            packed: cuda::Kernel::new(&kernel)?,
-            kernel,
+            packed,
         })
+    }
+
+    /// Where the kernels on CUDA take the weights, these are in memory once, as they read them.
+    #[cfg(feature = "cuda")]
+    fn pack(scope: &Scope, kernel: Tensor) -> Result<(Tensor, Option<cuda::Kernel>)> {
+        let Some(packed) = cuda::Kernel::new(&kernel)? else { return Ok((kernel, None)) };
+        let kernel = match packed.unpacked()? {
+            Some(view) => {
+                scope.keep_instead("weight", &view);
+                view
+            }
+            None => kernel,
+        };
+        Ok((kernel, Some(packed)))
     }
 
     /// `[B, in, h, w]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.

@@ -44,6 +44,15 @@ impl Kernel {
         let packed = weight.reshape((outputs, inputs, 9))?.permute((2, 0, 1))?;
         Ok(Some(Self { packed: fill_up(&fill_up(&packed, 1)?, 2)?.contiguous()?, outputs, inputs }))
     }
+
+    /// The weights `[outputs, inputs, 3, 3]` as a view of the packed ones; `None` where these were filled up.
+    pub(in crate::layers) fn unpacked(&self) -> Result<Option<Tensor>> {
+        let Self { packed, outputs, inputs } = self;
+        if packed.dims() != [9, *outputs, *inputs] {
+            return Ok(None);
+        }
+        Ok(Some(packed.reshape((3, 3, *outputs, *inputs))?.permute((2, 3, 0, 1))?))
+    }
 }
 
 /// Zeros after the last along a dimension, to a multiple of eight.

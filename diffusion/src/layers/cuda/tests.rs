@@ -60,6 +60,7 @@ fn convolutions() {
             let (fast, exact) =
                 both(dtype, &shapes, |file| Conv2d::load(&file.root(), inputs, outputs, stride).unwrap());
             let what = format!("{dtype:?}, {inputs} to {outputs} at {h}x{w}, stride {stride}");
+            same("the weights as they are lent", Ok(fast.kernel.clone()), Ok(exact.kernel.clone()), 1e-9);
             let (x, x64) = pair(dtype, &values(0, (2, inputs, h, w)));
             same(&what, fast.forward(&x), exact.forward(&x64), tolerance);
             let (shift, shift64) = pair(dtype, &values(1, (2, outputs)));
