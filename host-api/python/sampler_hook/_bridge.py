@@ -43,7 +43,7 @@ class Bridge:
     """The tables for one plugin. They and all that they point to live as long as this object."""
 
     def __init__(self, host: Host, abi_minor: int) -> None:
-        self._host = host
+        self.host = host
         self._arena = Arena()
         self._raised: BaseException | None = None
         self._lock = threading.Lock()
@@ -86,20 +86,20 @@ class Bridge:
 
     def _log(self, _host: int, level: int, message: sh_string) -> None:
         try:
-            self._host.log(_LEVELS.get(level, logging.INFO), read_string(message))
+            self.host.log(_LEVELS.get(level, logging.INFO), read_string(message))
         except BaseException as error:
             self._caught(error)
 
     def _cancelled(self, _host: int) -> int:
         try:
-            return int(self._raised is not None or bool(self._host.cancelled()))
+            return int(self._raised is not None or bool(self.host.cancelled()))
         except BaseException as error:
             self._caught(error)
             return 1
 
     def _progress(self, _host: int, task: sh_string, done: int, total: int) -> None:
         try:
-            self._host.progress(read_string(task), done, total)
+            self.host.progress(read_string(task), done, total)
         except BaseException as error:
             self._caught(error)
 

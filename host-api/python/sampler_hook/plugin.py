@@ -15,6 +15,7 @@ from ._abi import sh_error, sh_needs, sh_plugin
 from ._bridge import Bridge
 from ._convert import Arena, device_of, read_string
 from .errors import BusyError, InvalidStateError, UnsupportedError, error_of
+from .host import Host
 from .lora import Lora
 from .params import Params
 from .run import Run
@@ -71,6 +72,11 @@ class Plugin:
             address, self._address = self._address, None
         if address is not None:
             self._table.destroy(address)
+
+    @property
+    def host(self) -> Host:
+        """The host that it was created with."""
+        return self._bridge.host
 
     @property
     def is_destroyed(self) -> bool:
