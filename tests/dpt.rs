@@ -86,8 +86,13 @@ pub fn model(unet_config: &str) -> Model<'_> {
 
 /// Created and prepared for the tiny model.
 pub fn prepared(host: Arc<dyn Host>, config: &Value) -> Instance {
+    prepared_for(host, config, host_api::Device::Cpu)
+}
+
+/// The same for latents on `device`.
+pub fn prepared_for(host: Arc<dyn Host>, config: &Value, device: host_api::Device) -> Instance {
     let mut instance = create(host, config).unwrap();
-    instance.prepare(&model(&unet_config(&base_model())), host_api::Device::Cpu).unwrap();
+    instance.prepare(&model(&unet_config(&base_model())), device).unwrap();
     instance
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Tensor};
 use diffusion::{Tape, TextKeys, UNet};
 use host_api::host::{Gradient, Host};
-use host_api::{Error, Result, Status, Step, View};
+use host_api::{DeviceMemory, Error, Lent, Result, Status, Step, View, ViewMut};
 
 use crate::dpt::Texts;
 use crate::{device, tiny_unet};
@@ -119,6 +119,9 @@ impl Host for Lender {
     fn cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }
+    fn device_memory(&self) -> Option<&'static dyn DeviceMemory> {
+        tensor_views::device_memory()
+    }
     fn gradient(&self) -> Option<&dyn Gradient> {
         Some(self)
     }
@@ -131,17 +134,20 @@ fn item(values: &mut [f32], index: usize, batch: usize) -> &mut [f32] {
 }
 
 impl Gradient for Lender {
-    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> Result<Lent> {
         let fault = self.fault();
         if fault == Fault::FeaturesFail {
             return Err(Error::new(Status::OutOfMemory, "no room for features"));
         }
         self.cancelled.store(fault == Fault::Cancel, Ordering::SeqCst);
         let tap = self.unet.config().tap(tap).map_err(|e| Error::new(Status::NotFound, e.to_string()))?;
-        let latents = Tensor::from_vec(latents.to_vec(), latents.shape(), device()).unwrap();
+        let latents = tensor_views::read(latents, device())?.to_dtype(DType::F32).unwrap();
         let batch = latents.dim(0).unwrap();
         let (features, tape) = self.unet.forward_to(&latents, &vec![step.timestep; batch], &self.text, tap).unwrap();
         *self.tape.lock().unwrap() = Some(tape);
+        if fault == Fault::None {
+            return tensor_views::lend(&features);
+        }
         let mut shape = features.dims().to_vec();
         let mut numbers = features.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         match fault {
@@ -153,16 +159,20 @@ impl Gradient for Lender {
             Fault::FeaturesNan(index) => item(&mut numbers, index, batch).fill(f32::NAN),
             _ => {}
         }
-        Ok((shape, numbers))
+        Lent::new(numbers, &shape)
     }
 
-    fn vjp(&self, cotangent: &View<'_>) -> Result<Vec<f32>> {
+    fn vjp(&self, cotangent: &View<'_>, out: &mut ViewMut<'_>) -> Result<()> {
         let tape = self.tape.lock().unwrap().take().expect("features came before");
         let batch = cotangent.shape()[0];
+        let cotangent = tensor_views::read(cotangent, device())?.to_dtype(DType::F32).unwrap();
         // A host may scale the whole batch by its largest number.
-        assert!(cotangent.to_vec().iter().all(|v| v.is_finite()), "a cotangent that is not finite");
-        let cotangent = Tensor::from_vec(cotangent.to_vec(), cotangent.shape(), device()).unwrap();
+        let numbers = cotangent.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(numbers.iter().all(|v| v.is_finite()), "a cotangent that is not finite");
         let gradient = self.unet.vjp(tape, &cotangent).unwrap();
+        if self.fault() == Fault::None {
+            return tensor_views::write(&gradient, out);
+        }
         let mut gradient = gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         match self.fault() {
             Fault::VjpFails => return Err(Error::new(Status::OutOfMemory, "no room for a gradient")),
@@ -173,7 +183,7 @@ impl Gradient for Lender {
             Fault::VjpInfinite(index) => item(&mut gradient, index, batch)[3] = f32::INFINITY,
             _ => {}
         }
-        Ok(gradient)
+        out.write(&gradient)
     }
 
     fn release(&self) {

@@ -95,8 +95,11 @@ pub fn assert_same(what: &str, a: &Tensor, b: &Tensor) {
 /// one; or the one in the folder `PREBUILT`, for machines that cannot build.
 pub fn plugin_library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
-    LIBRARY.get_or_init(|| build().join(name))
+    LIBRARY.get_or_init(|| {
+        // What `gpu/build.sh` made is the flavour for CUDA.
+        let name = if std::env::var_os("PREBUILT").is_some() { "dpt_cuda" } else { "dpt" };
+        build().join(format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX))
+    })
 }
 
 /// The reference host's program, built likewise; the plugin library lies beside it.

@@ -78,3 +78,18 @@ impl Error {
         Self::File { path: path.into(), message: message.to_string() }
     }
 }
+
+impl Error {
+    /// Whether the memory of a device has run out.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Candle(error) if is_out_of_memory(error))
+    }
+}
+
+/// Whether the memory of a device has run out.
+pub fn is_out_of_memory(error: &candle_core::Error) -> bool {
+    // The driver's, cuBLAS's and cuDNN's words: candle keeps no more of them.
+    let words = ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"];
+    let message = error.to_string();
+    words.iter().any(|word| message.contains(word))
+}

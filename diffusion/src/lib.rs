@@ -32,7 +32,7 @@ pub use allocator::{TensorAllocator, release_memory};
 pub use checkpoint::{Checkpoint, RawTensor, Scope};
 pub use config::weights_file;
 pub use device::{device, dtype};
-pub use error::{Error, Result};
+pub use error::{Error, Result, is_out_of_memory};
 pub use layers::timestep_sinusoid;
 pub use lora::LoraEntry;
 pub use pipeline::{LoadOptions, Pipeline, TextModel, load_unet_to};

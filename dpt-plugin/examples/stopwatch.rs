@@ -142,8 +142,10 @@ impl Stopwatch {
         let (features, tape) = self.unet.forward_to(&z, &times, &text, block)?;
         let features = features.to_dtype(DType::F32)?;
         let (_, cotangent) = score_and_gradient(&self.adapters[tap], &features, &times, &pooled)?;
-        let gradient = numbers(&self.unet.vjp(tape, &cotangent)?)?;
-        correction(&numbers(&latents)?, &gradient, 0.5, None);
+        let gradient = self.unet.vjp(tape, &cotangent)?.to_dtype(DType::F32)?;
+        let z = z.to_dtype(DType::F32)?;
+        (&z + correction(&z, &gradient, 0.5, None)?)?;
+        device.synchronize()?;
         Ok(started.elapsed().as_secs_f64())
     }
 }

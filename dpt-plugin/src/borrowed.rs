@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use diffusion::{UNet, UNetConfig};
+use host_api::View;
 use host_api::plugin::{HostHandle, HostWeights};
 
 use crate::{Error, Result};
@@ -66,8 +67,12 @@ impl BorrowedWeights {
             }
             let own = self.weights.tensor_revision(*index)?;
             if self.tensors.get(name).is_none_or(|(known, _)| *known != own) {
-                let (shape, values) = self.weights.tensor(*index)?;
-                let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?;
+                // What is lent on a device does not leave it where the U-Net computes there too.
+                let lent = |view: &View<'_>| {
+                    let device = if view.device() == host_api::Device::Cpu { &Device::Cpu } else { &self.device };
+                    tensor_views::read(view, device)
+                };
+                let tensor = self.weights.tensor(*index, lent)?.to_dtype(self.dtype)?;
                 read.insert(name.clone(), (own, tensor));
                 self.host.progress(TASK, done + 1, self.names.len());
             }

@@ -64,6 +64,8 @@ impl Error {
             Self::Shape(_) => Status::ShapeMismatch,
             Self::NonFinite(_) => Status::NonFinite,
             Self::Cancelled => Status::Cancelled,
+            Self::Diffusion(error) if error.is_out_of_memory() => Status::OutOfMemory,
+            Self::Candle(error) if diffusion::is_out_of_memory(error) => Status::OutOfMemory,
             Self::Diffusion(error) => match error {
                 diffusion::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                     Status::NotFound

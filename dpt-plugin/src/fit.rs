@@ -7,7 +7,7 @@ use host_api::{Model, Prediction};
 
 use crate::borrowed::BorrowedWeights;
 use crate::config::{Config, GradientSource};
-use crate::source::{OwnUNet, Source};
+use crate::source::{Lender, OwnUNet, Source};
 use crate::{Adapter, Error, Result};
 
 /// What depends on the model.
@@ -26,6 +26,8 @@ pub(crate) struct Fitting<'a> {
     pub(crate) adapter: &'a Adapter,
     pub(crate) lora: &'a [LoraEntry],
     pub(crate) device: &'a Device,
+    /// Where the host's latents are.
+    pub(crate) latents: &'a Device,
 }
 
 /// Whose U-Net computes, where the configuration does not say: the plugin's when there is a base model, else what the host
@@ -58,7 +60,8 @@ impl Fitting<'_> {
     }
 
     fn host_source(&self) -> Result<Source> {
-        self.host.gradient().map(Source::Host).ok_or_else(|| {
+        let lender = |gradient| Source::Host(Lender { gradient, device: self.latents.clone() });
+        self.host.gradient().map(lender).ok_or_else(|| {
             Error::Unsupported(format!(
                 "host {} has no sampler-hook.gradient/1; configure a `base_model` so that the plugin computes the gradient \
                  itself, or `gradient` \"weights\" where the host lends its weights, or \"split\" where it computes them",

@@ -22,7 +22,7 @@ mod text;
 
 pub use adapter::{Adapter, AdapterSizes, Draw, Dropout, Grounding, SizeHints};
 pub use config::{Config, GradientSource, LoraChoice, LoraChoices, SCHEMA};
-pub use correct::{correction, norm};
+pub use correct::{correction, norms};
 pub use diffusion::TensorAllocator;
 pub use error::{Error, Result};
 pub use plugin::DptPlugin;

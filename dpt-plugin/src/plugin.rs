@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion::lora::LoraFile;
 use diffusion::{LoraEntry, TextModel};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
-use host_api::{Descriptor, Model, Needs, Outcome, Report, Run, Space, Step, View};
+use host_api::{DeviceMemory, Descriptor, Dtype, Lent, Model, Needs, Outcome, Report, Run, Space, Step, View};
 
 use crate::batch::Batch;
 use crate::config::{Config, GradientSource};
@@ -42,17 +42,23 @@ impl Plugin for DptPlugin {
         description: "Scores how well noisy latents match the prompt and corrects them by the score's gradient",
     };
 
+    fn device_memory() -> Option<&'static dyn DeviceMemory> {
+        tensor_views::device_memory()
+    }
+
     fn create(host: HostHandle, config: &str) -> host_api::Result<Self> {
         Ok(Self::new(host, Config::parse(config)?)?)
     }
 
     fn prepare(&mut self, model: &Model<'_>, latents: host_api::Device) -> host_api::Result<()> {
-        if latents != host_api::Device::Cpu {
-            let message = format!("latents on {latents:?}: they must be in main memory, wherever the model computes");
+        let own = tensor_views::name(&self.device);
+        if own != latents && own != host_api::Device::Cpu && latents != host_api::Device::Cpu {
+            let message = format!("latents on {latents} for a plugin whose `device` is {own}: no tensor crosses between them");
             return Err(Error::Unsupported(message).into());
         }
+        let latents = &tensor_views::device(latents)?;
         let Self { host, config, gradient, adapter, lora_entries, device, .. } = self;
-        let fitting = Fitting { host, config, gradient: *gradient, adapter, lora: lora_entries, device };
+        let fitting = Fitting { host, config, gradient: *gradient, adapter, lora: lora_entries, device, latents };
         // The old source, if there is one, lives until the new one is ready: a prepare that fails changes nothing.
         self.prepared = Some(fitting.fit(model)?);
         Ok(())
@@ -91,9 +97,9 @@ impl Plugin for DptPlugin {
         &mut self,
         step: &Step<'_>,
         features: Option<&View<'_>>,
-        cotangent: bool,
+        cotangent: Option<Dtype>,
         report: &mut Report,
-    ) -> host_api::Result<Option<Vec<f32>>> {
+    ) -> host_api::Result<Option<Lent>> {
         Ok(self.score_features(step, features, cotangent, report)?)
     }
 
@@ -108,8 +114,8 @@ impl Plugin for DptPlugin {
         report.outcome = strength.outcome(step);
         if report.outcome == Outcome::Corrected {
             let scale = space_scale(step);
-            let batch = Batch::read(latents, scale, report)?;
-            batch.write(&gradient.to_vec(), &strength, scale, latents, report)?;
+            let gradient = tensor_views::read(gradient, &self.device)?.to_dtype(DType::F32).map_err(Error::from)?;
+            Batch::read(latents, scale, &self.device)?.write(&gradient, &strength, latents, report)?;
         }
         Ok(())
     }
@@ -143,6 +149,7 @@ impl Plugin for DptPlugin {
 
 impl Drop for DptPlugin {
     fn drop(&mut self) {
+        tensor_views::bind(&self.device);
         (self.prepared, self.conditioning) = (None, None);
         diffusion::release_memory();
     }
@@ -194,7 +201,7 @@ impl DptPlugin {
         }
         self.check_step(step, latents)?;
         let (scale, shape) = (space_scale(step), latents.shape());
-        let mut batch = Batch::read(latents, scale, report)?;
+        let mut batch = Batch::read(latents, scale, &self.device)?;
         self.prepared_mut().source.refresh()?;
         let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, shape[0])).transpose()?;
         let Self { host, pool, adapter, prepared, conditioning, .. } = self;
@@ -205,25 +212,25 @@ impl DptPlugin {
         stop()?;
         let tap = &adapter.sizes().tap;
         let keys = text.keys(source)?;
-        let evaluation = Evaluation { step, latents: batch.values(), shape, tap, keys, pool };
+        let evaluation = Evaluation { step, latents: batch.values(), tap, keys, pool };
         let features = source.features(&evaluation, adapter.device())?;
         check_features(&features, adapter, shape[0])?;
-        batch.check_rows("the U-Net's features", &features, report)?;
-        batch.check_rows("pooled texts", &text.pooled, report)?;
+        batch.check_rows("the U-Net's features", &features)?;
+        batch.check_rows("pooled texts", &text.pooled)?;
         stop()?;
         let timesteps = vec![step.timestep; shape[0]];
         if !corrected {
             source.release();
-            let scores = pool.run(|| score(adapter, &features, &timesteps, &text.pooled))?.to_vec1()?;
-            batch.report_scores(&scores, report);
-            return Ok(());
+            let scores = pool.run(|| score(adapter, &features, &timesteps, &text.pooled))?;
+            batch.set_scores(&scores)?;
+            return batch.report(report);
         }
         let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, &features, &timesteps, &text.pooled))?;
-        batch.report_scores(&scores.to_vec1()?, report);
         let cotangent = batch.without_spoilt(&cotangent)?;
         stop()?;
         let gradient = source.vjp(&cotangent, shape, pool)?;
-        batch.write(&gradient, &strength, scale, latents, report)
+        batch.set_scores(&scores)?;
+        batch.write(&gradient, &strength, latents, report)
     }
 
     /// The first half of a step on features that the host computed.
@@ -231,32 +238,34 @@ impl DptPlugin {
         &mut self,
         step: &Step,
         features: Option<&View>,
-        cotangent: bool,
+        cotangent: Option<Dtype>,
         report: &mut Report,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Lent>> {
         let strength = Strength::read(&self.params)?;
         report.outcome = strength.outcome(step);
         let corrected = report.outcome == Outcome::Corrected;
         let monitored = strength.monitor && step.sub_evaluation == 0;
         let Some(features) = features.filter(|_| corrected || monitored) else { return Ok(None) };
-        let features = Tensor::from_vec(features.to_vec(), features.shape(), self.adapter.device())?;
+        let features = tensor_views::read(features, self.adapter.device())?.to_dtype(DType::F32)?;
         let items = features.dim(0)?;
         check_features(&features, &self.adapter, items)?;
         let own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
         let text = own_text.as_ref().or(self.conditioning.as_ref()).expect("begin precedes step");
-        let mut batch = Batch::without_latents(items);
-        batch.check_rows("the U-Net's features", &features, report)?;
-        batch.check_rows("pooled texts", &text.pooled, report)?;
+        let mut batch = Batch::without_latents(items, self.adapter.device())?;
+        batch.check_rows("the U-Net's features", &features)?;
+        batch.check_rows("pooled texts", &text.pooled)?;
         let timesteps = vec![step.timestep; items];
-        if !(corrected && cotangent) {
+        let Some(dtype) = cotangent.filter(|_| corrected) else {
             let scores = self.pool.run(|| score(&self.adapter, &features, &timesteps, &text.pooled))?;
-            batch.report_scores(&scores.to_vec1()?, report);
+            batch.set_scores(&scores)?;
+            batch.report(report)?;
             return Ok(None);
-        }
+        };
         let (scores, gradient) =
             self.pool.run(|| score_and_gradient(&self.adapter, &features, &timesteps, &text.pooled))?;
-        batch.report_scores(&scores.to_vec1()?, report);
-        Ok(Some(batch.without_spoilt(&gradient)?.flatten_all()?.to_vec1()?))
+        batch.set_scores(&scores)?;
+        batch.report(report)?;
+        Ok(Some(tensor_views::lend(&batch.without_spoilt(&gradient)?.to_dtype(tensor_views::dtype(dtype))?)?))
     }
 
     fn check_step(&self, step: &Step, latents: &Latents) -> Result<()> {

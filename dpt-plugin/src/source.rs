@@ -3,8 +3,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use diffusion::{Tap, Tape, TextKeys, UNet};
-use host_api::Step;
 use host_api::plugin::HostGradient;
+use host_api::{Step, View, ViewMut};
 
 use crate::borrowed::BorrowedWeights;
 use crate::pool::Pool;
@@ -13,11 +13,17 @@ use crate::{Error, Result};
 /// A source of features, and what it keeps of the last evaluation for the gradient.
 pub(crate) enum Source {
     /// The host's U-Net, through `gradient/1`.
-    Host(HostGradient),
+    Host(Lender),
     /// The plugin's own.
     Own(Box<OwnUNet>),
     /// The host computes both and calls `split/1`.
     Split,
+}
+
+/// The host's U-Net, and where the host's tensors are.
+pub(crate) struct Lender {
+    pub(crate) gradient: HostGradient,
+    pub(crate) device: Device,
 }
 
 /// A U-Net of the plugin's own, up to the tap.
@@ -29,11 +35,10 @@ pub(crate) struct OwnUNet {
     pub(crate) borrowed: Option<BorrowedWeights>,
 }
 
-/// A step's latents `[B, C, h, w]` in VP space.
+/// A step's latents `[B, C, h, w]` in VP space, f32.
 pub(crate) struct Evaluation<'a> {
     pub(crate) step: &'a Step<'a>,
-    pub(crate) latents: &'a [f32],
-    pub(crate) shape: [usize; 4],
+    pub(crate) latents: &'a Tensor,
     pub(crate) tap: &'a str,
     /// Needed by the plugin's own U-Net.
     pub(crate) keys: Option<&'a TextKeys>,
@@ -62,17 +67,17 @@ impl Source {
 
     /// The tap's output `[B, C, h, w]` in f32 on `device`.
     pub(crate) fn features(&mut self, evaluation: &Evaluation, device: &Device) -> Result<Tensor> {
-        let Evaluation { step, latents, shape, tap, keys, pool } = *evaluation;
+        let Evaluation { step, latents, tap, keys, pool } = *evaluation;
         match self {
             Source::Host(host) => {
-                let (shape, values) = host.features(step, latents, &shape, tap)?;
-                Ok(Tensor::from_vec(values, shape, device)?)
+                let latents = tensor_views::lend(&latents.to_device(&host.device)?)?;
+                let read = |features: &View<'_>| tensor_views::read(features, device);
+                Ok(host.gradient.features(step, &latents.view(), tap, read)?.to_dtype(DType::F32)?)
             }
             Source::Own(own) => {
-                let latents = Tensor::from_slice(latents, &shape, own.unet.device())?;
                 let keys = keys.ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
-                let timesteps = vec![step.timestep; shape[0]];
-                let (features, tape) = pool.run(|| own.unet.forward_to(&latents, &timesteps, keys, own.tap))?;
+                let timesteps = vec![step.timestep; latents.dim(0)?];
+                let (features, tape) = pool.run(|| own.unet.forward_to(latents, &timesteps, keys, own.tap))?;
                 own.tape = Some(tape);
                 Ok(features.to_dtype(DType::F32)?.to_device(device)?)
             }
@@ -84,13 +89,18 @@ impl Source {
     }
 
     /// The gradient of `sum(cotangent * features)` for the latents of the last evaluation, which it ends.
-    pub(crate) fn vjp(&mut self, cotangent: &Tensor, shape: [usize; 4], pool: &Pool) -> Result<Vec<f32>> {
+    /// In f32 on the cotangent's device.
+    pub(crate) fn vjp(&mut self, cotangent: &Tensor, shape: [usize; 4], pool: &Pool) -> Result<Tensor> {
         match self {
-            Source::Host(host) => Ok(host.vjp(&cotangent.flatten_all()?.to_vec1()?, &shape)?),
+            Source::Host(host) => {
+                let lent = tensor_views::lend(&cotangent.to_device(&host.device)?)?;
+                let write = |gradient: &mut ViewMut<'_>| host.gradient.vjp(&lent.view(), gradient);
+                Ok(tensor_views::fill(&shape, &host.device, write)?.to_device(cotangent.device())?)
+            }
             Source::Own(own) => {
                 let tape = own.tape.take().expect("vjp follows features");
                 let gradient = pool.run(|| own.unet.vjp(tape, cotangent))?;
-                Ok(gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+                Ok(gradient.to_dtype(DType::F32)?)
             }
             Source::Split => unreachable!("it gives no features"),
         }
@@ -99,7 +109,7 @@ impl Source {
     /// Drops the last evaluation without a gradient.
     pub(crate) fn release(&mut self) {
         match self {
-            Source::Host(host) => host.release(),
+            Source::Host(host) => host.gradient.release(),
             Source::Own(own) => own.tape = None,
             Source::Split => {}
         }

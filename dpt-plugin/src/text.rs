@@ -88,7 +88,7 @@ fn encode(prompts: &[String], encoder: &TextModel, host: &HostHandle) -> Result<
 }
 
 fn tensor(view: &View, needs: &TextRequirements) -> Result<Tensor> {
-    Ok(Tensor::from_vec(view.to_vec(), view.shape(), needs.device)?)
+    Ok(tensor_views::read(view, needs.device)?.to_dtype(DType::F32)?)
 }
 
 /// The context `[B, S, D]` at one position per item.

@@ -31,6 +31,7 @@
  *     the other side reads and writes no further. A struct_size smaller than that of the first version is an error.
  *   - Strings are UTF-8 with a length, not NUL-terminated. {NULL, 0} is the empty string.
  *   - Reserved members are 0. Unknown flags are an error.
+ *   - Where a side makes a device context current on a thread, it restores the other's before it returns and while it calls it.
  *   - Extensions are optional on both sides: who asks for one that the other does not have gets NULL and goes without.
  *   - A plugin that catches a fault inside a call returns SH_PANIC; from then on every function of the instance that
  *     returns sh_status answers SH_POISONED, and nothing but destroy is of use.
@@ -116,7 +117,18 @@ typedef struct DLTensor {
 
 #define SH_VIEW_READ_ONLY 1u
 
-/* A borrowed tensor: f32, f16 or bf16, any strides and byte_offset. Element addresses must be aligned to the dtype. */
+/* A borrowed tensor: f32, f16 or bf16, any strides and byte_offset. Element addresses must be aligned to the dtype.
+ *
+ * On CUDA, `stream` is a stream of the device's primary context: NULL or cudaStreamLegacy, cudaStreamPerThread (that of the thread
+ * which makes the call), or one that was created. Whoever is given a view to read or write
+ *   - does so after all that the stream holds when it is called, and
+ *   - has the stream wait for it, before it returns or, where the view outlives the call, before it ends the view's life.
+ * So what the stream is given later finds results, and memory may be reused or freed in the stream's order; no one waits for the
+ * device. Events do both (cudaEventRecord, cudaStreamWaitEvent) where one works on a stream of one's own. Small numbers that a
+ * function returns by value, such as a report's, may make it wait for its own work.
+ *
+ * A side that cannot reach a view's device, or that can tell that the memory is elsewhere, returns SH_UNSUPPORTED or
+ * SH_INVALID_ARGUMENT. */
 typedef struct sh_view {
   uint32_t struct_size;
   uint32_t flags; /* SH_VIEW_* */
@@ -254,8 +266,9 @@ struct sh_plugin {
   void *instance; /* the plugin's own */
   /* Ends the instance and frees what it owns; `plugin` is invalid afterwards. [main] any state, POISONED too */
   void (*destroy)(const sh_plugin *plugin);
-  /* Fits the plugin to a model; loads what it needs; `device` is where the latents will be. May be called again.
-   * [main] CREATED, PREPARED */
+  /* Fits the plugin to a model; loads what it needs; `device` is where the latents will be, and all tensors that the plugin
+   * gives to the host's functions. SH_UNSUPPORTED when it does not reach there; main memory every plugin does. The text's
+   * tensors may be there or in main memory. May be called again. [main] CREATED, PREPARED */
   sh_status (*prepare)(const sh_plugin *plugin, const sh_model *model, DLDevice device, sh_error *error);
   /* What begin and step will ask of the host. [main] PREPARED, RUNNING */
   sh_status (*needs)(const sh_plugin *plugin, sh_needs *needs, sh_error *error);
@@ -329,7 +342,8 @@ typedef struct sh_plugin_lora {
   /* [any] any state but POISONED */
   sh_status (*entry)(const sh_plugin *plugin, uint64_t index, sh_lora_entry *entry, sh_error *error);
   /* Adds strength * scale * up @ down to `weight` [out, in] in place, for hosts without a matrix product at hand. The sum
-   * is formed in f32 and rounded once. Keep a copy: subtracting does not restore the bits. [any] any state but POISONED */
+   * is formed in f32 and rounded once. In main memory. Keep a copy: subtracting does not restore the bits.
+   * [any] any state but POISONED */
   sh_status (*merge)(const sh_plugin *plugin, uint64_t index, double strength, const sh_view *weight, sh_error *error);
   /* Writes all entries as a safetensors file in `layout` (SH_LORA_*), for hosts that load LoRA by path. The file appears
    * whole or not at all. [any] any state but POISONED */
@@ -413,8 +427,8 @@ typedef struct sh_host_gradient {
   uint32_t struct_size;
   uint32_t reserved;
   /* The output [B, C, h, w] of block `tap` for the latents [B, c, H, W] of this step, in VP space whatever the step's space
-   * is, with the conditional text only. *activation (caller sets struct_size) is valid until vjp or release. May fail.
-   * Called inside step, on its thread. [sampler] */
+   * is, with the conditional text only. *activation (caller sets struct_size), on the latents' device or in main memory, is
+   * valid until vjp or release. May fail. Called inside step, on its thread. [sampler] */
   sh_status (*features)(const sh_host *host, const sh_step *step, const sh_view *latents, sh_string tap,
                         sh_view *activation, sh_error *error);
   /* The vector-Jacobian product of the last features call: writes the gradient of sum(cotangent * activation) with respect
@@ -437,9 +451,9 @@ typedef struct sh_host_weights {
   uint64_t (*count)(const sh_host *host);
   /* The diffusers name of a tensor, such as "conv_in.weight", to *name; valid until destroy. May fail. [main, sampler] */
   sh_status (*name)(const sh_host *host, uint64_t index, sh_string *name, sh_error *error);
-  /* A tensor, f32, f16 or bf16. *tensor (caller sets struct_size) is valid until the next call of this function or until the
-   * plugin's function returns, whichever is first; NULL: only *revision is asked for. *revision is another number whenever
-   * this tensor has changed. May fail. [main, sampler] */
+  /* A tensor, f32, f16 or bf16, on the device that prepare named or in main memory. *tensor (caller sets struct_size) is valid
+   * until the next call of this function or until the plugin's function returns, whichever is first; NULL: only *revision is
+   * asked for. *revision is another number whenever this tensor has changed. May fail. [main, sampler] */
   sh_status (*tensor)(const sh_host *host, uint64_t index, sh_view *tensor, uint64_t *revision, sh_error *error);
 } sh_host_weights;
 

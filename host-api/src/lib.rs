@@ -29,4 +29,4 @@ mod view;
 
 pub use error::{Error, Result, Status};
 pub use types::{Descriptor, Device, ItemReport, Model, Needs, Outcome, Prediction, Report, Run, Space, Step, Text};
-pub use view::{Dtype, Element, View, ViewMut};
+pub use view::{DeviceMemory, Dtype, Element, Lent, Memory, View, ViewMut};

@@ -1,5 +1,7 @@
 //! What is sampled and what came of it, without pointers.
 
+use std::fmt;
+
 use crate::abi;
 use crate::error::{Error, Result, Status};
 use crate::view::View;
@@ -71,6 +73,15 @@ pub enum Device {
     Cpu,
     /// A CUDA device by ordinal.
     Cuda(usize),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
 }
 
 /// The diffusion model in use.

@@ -11,7 +11,7 @@ use common::{TestHost, run, scratch, step};
 use half::bf16;
 use host_api::host::{Gradient, Host, Instance, Library};
 use host_api::plugin::{LoraLayout, ParamKind};
-use host_api::{Device, Error, Model, Result, Status, Step, Text, View, ViewMut};
+use host_api::{Device, Error, Lent, Model, Result, Status, Step, Text, View, ViewMut};
 use safetensors::SafeTensors;
 
 fn create(host: Arc<dyn Host>, behaviour: &str) -> Instance {
@@ -151,16 +151,16 @@ impl Line {
 }
 
 impl Gradient for Line {
-    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> Result<(Vec<usize>, Vec<f32>)> {
+    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> Result<Lent> {
         let prompts = step.text.and_then(|text| text.prompts.map(|prompts| prompts.join("|"))).unwrap_or_default();
         self.called(format!("features {tap} {} {prompts}", step.timestep))?;
         let numbers = latents.to_vec().iter().map(|value| value * 2.0).collect();
         let shape = if self.failing == "shape is wrong" { vec![1, 1] } else { latents.shape().to_vec() };
-        Ok((shape, numbers))
+        Lent::new(numbers, &shape)
     }
-    fn vjp(&self, cotangent: &View<'_>) -> Result<Vec<f32>> {
+    fn vjp(&self, cotangent: &View<'_>, gradient: &mut ViewMut<'_>) -> Result<()> {
         self.called("vjp".into())?;
-        Ok(cotangent.to_vec().iter().map(|value| value * 3.0).collect())
+        gradient.write(&cotangent.to_vec().iter().map(|value| value * 3.0).collect::<Vec<_>>())
     }
     fn release(&self) {
         self.called("release".into()).unwrap();

@@ -8,9 +8,11 @@ use std::sync::{Arc, Mutex};
 use common::probe::Probes;
 use common::{TestHost, model, run, step};
 use half::{bf16, f16};
-use host_api::host::{Host, Instance, Library, WeightData, Weights};
+use host_api::host::{Host, Instance, Library, Weights};
 use host_api::plugin::{HostHandle, Latents, Plugin};
-use host_api::{Descriptor, Device, Error, Model, Needs, Outcome, Report, Result, Run, Status, Step, View, ViewMut};
+use host_api::{
+    Descriptor, Device, Dtype, Error, Lent, Model, Needs, Outcome, Report, Result, Run, Status, Step, View, ViewMut,
+};
 
 /// A plugin that adds up the host's weights, and whose step has two halves.
 struct Borrower {
@@ -38,13 +40,12 @@ impl Plugin for Borrower {
         assert_eq!(outside.unwrap_err().status, Status::InvalidState, "not on another thread");
         let names = weights.names()?;
         for index in 0..names.len() {
-            let (shape, values) = weights.tensor(index)?;
-            assert_eq!(shape.iter().product::<usize>(), values.len());
+            let values = weights.tensor(index, |tensor| Ok(tensor.to_vec()))?;
             self.sum += values.iter().sum::<f32>() + weights.tensor_revision(index)? as f32 * 1000.;
             self.host.progress("add up", index + 1, names.len());
         }
         if self.behaviour == "one too many" {
-            weights.tensor(names.len())?;
+            weights.tensor(names.len(), |_| Ok(()))?;
         }
         Ok(())
     }
@@ -65,22 +66,23 @@ impl Plugin for Borrower {
         &mut self,
         step: &Step<'_>,
         features: Option<&View<'_>>,
-        cotangent: bool,
+        cotangent: Option<Dtype>,
         report: &mut Report,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Lent>> {
         if step.index == 1 {
             report.outcome = Outcome::SkippedInterval;
         }
         match self.behaviour.as_str() {
             "score panics" => panic!("score, as told"),
             "score fails" => return Err(Error::new(Status::NonFinite, "score, as told")),
-            "short cotangent" => return Ok(Some(vec![0.; 1])),
+            "short cotangent" => return Lent::new(vec![0f32], &[1]).map(Some),
             _ => {}
         }
         let Some(features) = features else { return Ok(None) };
         let numbers = features.to_vec();
         report.items[0].score = numbers.iter().sum();
-        Ok(cotangent.then(|| numbers.iter().map(|value| 2. * value).collect()))
+        let doubled = || Lent::new(numbers.iter().map(|value| 2. * value).collect(), features.shape());
+        cotangent.map(|_| doubled()).transpose()
     }
 
     fn apply(
@@ -149,14 +151,14 @@ impl Weights for Lender {
     fn tensor_revision(&self, name: &str) -> Result<u64> {
         if self.fault == "revision" { Err(Error::new(Status::NotFound, format!("no {name}"))) } else { Ok(7) }
     }
-    fn tensor(&self, name: &str) -> Result<(Vec<usize>, WeightData)> {
+    fn tensor(&self, name: &str) -> Result<Lent> {
         match (self.fault, name) {
             ("fails", "b.weight") => Err(Error::new(Status::OutOfMemory, "no room for b")),
             ("panics", "b.weight") => panic!("b, as told"),
-            ("shape", "b.weight") => Ok((vec![3], WeightData::F32(vec![1.; 2]))),
-            (_, "a.weight") => Ok((vec![2, 2], WeightData::F32(vec![1., 2., 3., 4.]))),
-            (_, "b.weight") => Ok((vec![2], WeightData::F16(vec![f16::from_f32(0.5); 2]))),
-            _ => Ok((vec![], WeightData::Bf16(vec![bf16::from_f32(100.)]))),
+            ("shape", "b.weight") => Lent::new(vec![1f32; 2], &[3]),
+            (_, "a.weight") => Lent::new(vec![1f32, 2., 3., 4.], &[2, 2]),
+            (_, "b.weight") => Lent::new(vec![f16::from_f32(0.5); 2], &[2]),
+            _ => Lent::new(vec![bf16::from_f32(100.)], &[]),
         }
     }
 }

@@ -133,7 +133,7 @@ fn views_that_cannot_be_are_refused() {
     let cases: Vec<(sh_view, sh_status, &str)> = vec![
         (with(&|v| v.flags = 2), SH_INVALID_ARGUMENT, "unknown flags 0x2"),
         (with(&|v| v.tensor.data = ptr::null_mut()), SH_INVALID_ARGUMENT, "data is NULL"),
-        (with(&|v| v.tensor.device.device_type = SH_DEVICE_CUDA), SH_UNSUPPORTED, "this build takes CPU views"),
+        (with(&|v| v.tensor.device.device_type = SH_DEVICE_CUDA), SH_UNSUPPORTED, "on cuda:0, but only main memory"),
         (with(&|v| v.tensor.device.device_type = 77), SH_UNSUPPORTED, "device type 77"),
         (with(&|v| v.tensor.ndim = 9), SH_INVALID_ARGUMENT, "ndim 9"),
         (with(&|v| v.tensor.ndim = -1), SH_INVALID_ARGUMENT, "ndim -1"),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use candle_core::Device;
 use host_api::host::Library;
 use host_demo::{Error, PluginChoice, Result, SHIPPED_ETA, default_adapter, default_plugin};
 use serde_json::{Value, json};
@@ -14,14 +15,19 @@ const DPT: &str = "dpt";
 impl ModelOptions {
     /// The plugin and its configuration: the one given, with the shipped adapter and its strength where the shipped model is used
     /// and no adapter is named. There is no default for other models: an adapter belongs to the model it was trained on.
-    pub(crate) fn plugin_choice(&self, model: &Path, shipped: bool) -> Result<PluginChoice> {
+    pub(crate) fn plugin_choice(&self, model: &Path, shipped: bool, device: &Device) -> Result<PluginChoice> {
         let library = self.plugin.clone().map_or_else(default_plugin, Ok)?;
         let mut config = self.config.as_deref().map_or_else(|| Ok(json!({})), read_config)?;
         let Value::Object(keys) = &mut config else {
             return Err(Error::Request(format!("--config: expected a JSON object, found {config}")));
         };
-        let plugins = Library::open(&library)
+        let device = tensor_views::name(device);
+        let (plugins, passed_over) = Library::open_for(&library, device)
             .map_err(|source| Error::Plugin { call: format!("load {}", library.display()), source })?;
+        if let Some(why) = &passed_over {
+            log::warn!("the plugin computes on the CPU: {}", why.message);
+        }
+        let library = plugins.path().map_or(library, Path::to_owned);
         let is_dpt = plugins.descriptors().first().is_some_and(|plugin| plugin.id == DPT);
         if is_dpt && !keys.contains_key("adapter") {
             if !shipped {
@@ -32,6 +38,10 @@ impl ModelOptions {
             }
             keys.insert("adapter".into(), json!(default_adapter()?));
             keys.entry("eta").or_insert(json!(SHIPPED_ETA));
+        }
+        // On the device where this program computes, in a build that can.
+        if is_dpt && device != host_api::Device::Cpu && passed_over.is_none() {
+            keys.entry("device").or_insert_with(|| json!(device.to_string()));
         }
         if let Some(source) = self.gradient {
             if !is_dpt {

@@ -1,8 +1,8 @@
 //! The texts of a run: which prompt holds at which step, encoded for the U-Net and for the plugin.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion::{TextKeys, TextModel, UNet};
-use host_api::{Text, View};
+use host_api::{Lent, Text};
 
 use crate::{Error, Request, Result};
 
@@ -15,8 +15,8 @@ pub(crate) struct Phase {
     pub(crate) keys: TextKeys,
     /// The conditional half alone.
     pub(crate) conditional: TextKeys,
-    context: (Vec<f32>, Vec<usize>),
-    pooled: (Vec<f32>, Vec<usize>),
+    context: Lent,
+    pooled: Lent,
 }
 
 /// The phases of a run, at least one, in the order of their steps.
@@ -25,8 +25,8 @@ pub(crate) struct Conditioning {
 }
 
 impl Conditioning {
-    /// Encodes every prompt of the request for the U-Net as it is now.
-    pub(crate) fn new(request: &Request, text: &TextModel, unet: &UNet) -> Result<Self> {
+    /// Encodes every prompt of the request for the U-Net as it is now, and for a plugin that takes tensors on `lent_on`.
+    pub(crate) fn new(request: &Request, text: &TextModel, unet: &UNet, lent_on: &Device) -> Result<Self> {
         let batch = request.batch()?;
         let negative = match request.guidance == 1. {
             true => None,
@@ -40,10 +40,11 @@ impl Conditioning {
             };
             let keys = unet.text(&both)?;
             let conditional = keys.rows(keys.batch() - batch, batch)?;
-            let flat = |t: &Tensor| -> Result<(Vec<f32>, Vec<usize>)> {
-                Ok((t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?, t.dims().to_vec()))
+            let lend = |t: &Tensor| -> Result<Lent> {
+                let numbers = t.to_dtype(DType::F32)?.to_device(lent_on)?;
+                tensor_views::lend(&numbers).map_err(Error::plugin("text"))
             };
-            let (context, pooled) = (flat(&encoded.hidden)?, flat(&encoded.pooled)?);
+            let (context, pooled) = (lend(&encoded.hidden)?, lend(&encoded.pooled)?);
             Ok(Phase { from, prompts, keys, conditional, context, pooled })
         };
         let mut phases = vec![phase(0, request.prompts.clone())?];
@@ -69,16 +70,12 @@ impl Conditioning {
 
 impl Phase {
     /// The text as the plugin sees it.
-    pub(crate) fn text(&self) -> Result<Text<'_>> {
-        Ok(Text {
-            context: Some(view(&self.context)?),
-            pooled: Some(view(&self.pooled)?),
+    pub(crate) fn text(&self) -> Text<'_> {
+        Text {
+            context: Some(self.context.view()),
+            pooled: Some(self.pooled.view()),
             end_of_text: None,
             prompts: Some(&self.prompts),
-        })
+        }
     }
-}
-
-fn view((values, shape): &(Vec<f32>, Vec<usize>)) -> Result<View<'_>> {
-    View::new(values, shape).map_err(Error::plugin("text"))
 }

@@ -27,13 +27,16 @@ pub fn default_adapter() -> Result<PathBuf> {
 /// Adapters differ in how steep their scores are: the plugin's own default is the release's.
 pub const SHIPPED_ETA: f64 = 8.;
 
-/// The plugin library beside this program (`libdpt.so`, `libdpt.dylib` or `dpt.dll`).
+/// The plugin library beside this program (`libdpt.so`, `libdpt.dylib` or `dpt.dll`); it may be there in its flavour for CUDA alone
+/// (`libdpt_cuda.so`), which [`Library::open_for`](host_api::host::Library::open_for) finds by this name.
 pub fn default_plugin() -> Result<PathBuf> {
-    let name = format!("{}dpt{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let named = |name: &str| format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let (name, cuda) = (named("dpt"), named("dpt_cuda"));
     let program = std::env::current_exe().map_err(|e| Error::Request(format!("cannot find this program: {e}")))?;
     // Test programs lie one folder deeper than the libraries that were built with them.
     let folders = program.ancestors().skip(1).take(2);
-    folders.map(|folder| folder.join(&name)).find(|path| path.is_file()).ok_or_else(|| {
+    let mut found = folders.filter(|folder| folder.join(&name).is_file() || folder.join(&cuda).is_file());
+    found.next().map(|folder| folder.join(&name)).ok_or_else(|| {
         Error::Request(format!(
             "no {name} beside {}; build it (`cargo build --release`), give --plugin, or use --no-plugin",
             program.display()

@@ -3,10 +3,10 @@
 
 use std::sync::{Mutex, MutexGuard};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use diffusion::{Tape, TextKeys, UNet};
-use host_api::host::{Gradient, Host, WeightData, Weights};
-use host_api::{Status, Step, View};
+use host_api::host::{Gradient, Host, Weights};
+use host_api::{DeviceMemory, Lent, Status, Step, View, ViewMut};
 
 /// Shows that `done` parts of `total` of a plugin's task are finished.
 pub type ShowProgress = Box<dyn Fn(&str, u64, u64) + Send + Sync>;
@@ -18,16 +18,28 @@ pub(crate) struct DemoHost {
     text: Mutex<Option<TextKeys>>,
     /// What the last features call left for its gradient.
     tape: Mutex<Option<Tape>>,
+    /// Where the plugin takes tensors.
+    lent_on: Mutex<Device>,
     progress: Option<ShowProgress>,
 }
 
 impl DemoHost {
     pub(crate) fn new(unet: UNet, progress: Option<ShowProgress>) -> Self {
-        Self { unet: Mutex::new(unet), text: Mutex::new(None), tape: Mutex::new(None), progress }
+        let lent_on = Mutex::new(unet.device().clone());
+        Self { unet: Mutex::new(unet), text: Mutex::new(None), tape: Mutex::new(None), lent_on, progress }
     }
 
     pub(crate) fn unet(&self) -> MutexGuard<'_, UNet> {
         lock(&self.unet)
+    }
+
+    /// Where tensors are lent to the plugin: where the model computes, or in main memory for plugins that reach no further.
+    pub(crate) fn lent_on(&self) -> Device {
+        lock(&self.lent_on).clone()
+    }
+
+    pub(crate) fn lend_on(&self, device: &Device) {
+        *lock(&self.lent_on) = device.clone();
     }
 
     pub(crate) fn set_text(&self, text: Option<TextKeys>) {
@@ -51,6 +63,10 @@ impl Host for DemoHost {
 
     fn log(&self, level: log::Level, message: &str) {
         log::log!(target: "plugin", level, "{message}");
+    }
+
+    fn device_memory(&self) -> Option<&'static dyn DeviceMemory> {
+        tensor_views::device_memory()
     }
 
     fn gradient(&self) -> Option<&dyn Gradient> {
@@ -81,18 +97,10 @@ impl Weights for DemoHost {
         self.unet().weights().get(name).map(|weight| weight.revision).ok_or_else(|| no_tensor(name))
     }
 
-    fn tensor(&self, name: &str) -> host_api::Result<(Vec<usize>, WeightData)> {
+    fn tensor(&self, name: &str) -> host_api::Result<Lent> {
         let tensor =
             self.unet().weights().get(name).map(|weight| weight.tensor.clone()).ok_or_else(|| no_tensor(name))?;
-        let read = || -> diffusion::Result<WeightData> {
-            let flat = tensor.flatten_all()?;
-            Ok(match tensor.dtype() {
-                DType::F16 => WeightData::F16(flat.to_vec1()?),
-                DType::BF16 => WeightData::Bf16(flat.to_vec1()?),
-                _ => WeightData::F32(flat.to_dtype(DType::F32)?.to_vec1()?),
-            })
-        };
-        Ok((tensor.dims().to_vec(), read().map_err(failed)?))
+        tensor_views::lend(&tensor.to_device(&self.lent_on()).map_err(|e| failed(e.into()))?)
     }
 }
 
@@ -101,35 +109,34 @@ fn no_tensor(name: &str) -> host_api::Error {
 }
 
 impl Gradient for DemoHost {
-    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> host_api::Result<(Vec<usize>, Vec<f32>)> {
+    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> host_api::Result<Lent> {
         let unet = self.unet();
         let text = lock(&self.text);
         let text = text
             .as_ref()
             .ok_or_else(|| host_api::Error::new(Status::InvalidState, "features were asked for outside a run"))?;
         let tap = unet.config().tap(tap).map_err(|e| host_api::Error::new(Status::NotFound, e.to_string()))?;
+        let latents = tensor_views::read(latents, unet.device())?;
         let evaluate = || -> diffusion::Result<_> {
-            let latents = Tensor::from_vec(latents.to_vec(), latents.shape(), unet.device())?;
+            let latents = latents.to_dtype(DType::F32)?;
             let timesteps = vec![step.timestep; latents.dim(0)?];
             let (activation, tape) = unet.forward_to(&latents, &timesteps, text, tap)?;
-            let shape = activation.dims().to_vec();
-            Ok((shape, activation.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?, tape))
+            Ok((activation.to_dtype(DType::F32)?.to_device(&self.lent_on())?, tape))
         };
-        let (shape, values, tape) = evaluate().map_err(failed)?;
+        let (activation, tape) = evaluate().map_err(failed)?;
+        let lent = tensor_views::lend(&activation)?;
         *lock(&self.tape) = Some(tape);
-        Ok((shape, values))
+        Ok(lent)
     }
 
-    fn vjp(&self, cotangent: &View<'_>) -> host_api::Result<Vec<f32>> {
+    fn vjp(&self, cotangent: &View<'_>, gradient: &mut ViewMut<'_>) -> host_api::Result<()> {
         let unet = self.unet();
         let tape = lock(&self.tape).take().ok_or_else(|| {
             host_api::Error::new(Status::InvalidState, "a gradient was asked for without features before it")
         })?;
-        let gradient = || -> diffusion::Result<_> {
-            let cotangent = Tensor::from_vec(cotangent.to_vec(), cotangent.shape(), unet.device())?;
-            Ok(unet.vjp(tape, &cotangent)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
-        };
-        gradient().map_err(failed)
+        let cotangent = tensor_views::read(cotangent, unet.device())?;
+        let evaluate = || -> diffusion::Result<Tensor> { unet.vjp(tape, &cotangent.to_dtype(DType::F32)?) };
+        tensor_views::write(&evaluate().map_err(failed)?, gradient)
     }
 
     fn release(&self) {
@@ -138,8 +145,9 @@ impl Gradient for DemoHost {
 }
 
 fn failed(error: diffusion::Error) -> host_api::Error {
-    let status = match error {
+    let status = match &error {
         diffusion::Error::Input(_) => Status::ShapeMismatch,
+        error if error.is_out_of_memory() => Status::OutOfMemory,
         _ => Status::Internal,
     };
     host_api::Error::new(status, error.to_string())

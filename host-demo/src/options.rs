@@ -64,7 +64,8 @@ pub(crate) struct ModelOptions {
     /// Folder of configurations for a single file that is not of Stable Diffusion's sizes
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) configs: Option<PathBuf>,
-    /// The plugin's shared library [default: libdpt beside this program]
+    /// The plugin's shared library; for --device cuda the one named like it with _cuda behind, where it is [default: libdpt beside
+    /// this program]
     #[arg(long, value_name = "LIB")]
     pub(crate) plugin: Option<PathBuf>,
     /// The plugin's configuration, a JSON file or JSON text; with the shipped model its adapter is the default
@@ -116,7 +117,7 @@ impl ModelOptions {
         let shipped = is_shipped(&folder);
         let device = diffusion::device(&self.device)?;
         let dtype = diffusion::dtype(&self.dtype)?;
-        let plugin = with_plugin.then(|| self.plugin_choice(&folder, shipped)).transpose()?;
+        let plugin = with_plugin.then(|| self.plugin_choice(&folder, shipped, &device)).transpose()?;
         let prediction = self.prediction.map(|prediction| match prediction {
             PredictionName::Epsilon => Prediction::Epsilon,
             PredictionName::V => Prediction::Velocity,

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use diffusion::LoraEntry;
 use diffusion::scheduler::{Evaluation, Sampler, Space};
 use host_api::host::Instance;
-use host_api::{Run, Step, View, ViewMut};
+use host_api::{Run, Step};
 
 use crate::conditioning::{Conditioning, Phase};
 use crate::host::DemoHost;
@@ -93,11 +93,11 @@ impl Session {
         let Self { text, host, plugin, split, .. } = self;
 
         let started = Instant::now();
-        let conditioning = Conditioning::new(request, text, &host.unet())?;
+        let conditioning = Conditioning::new(request, text, &host.unet(), &host.lent_on())?;
         seconds.text = started.elapsed().as_secs_f64();
 
         if let Some(plugin) = plugin {
-            let text = conditioning.first().text()?;
+            let text = conditioning.first().text();
             let run = Run { batch, steps: request.steps, guidance_scale: request.guidance, text };
             plugin.begin(&run).map_err(Error::plugin("begin"))?;
         }
@@ -179,21 +179,24 @@ impl Sampling<'_> {
                 Space::Sigma => host_api::Space::Ve,
             },
             extra_inputs: false,
-            text: switched.then(|| phase.text()).transpose()?,
+            text: switched.then(|| phase.text()),
         };
-        let input = latents.flatten_all()?.to_vec1::<f32>()?;
-        let mut output = input.clone();
-        let input = View::new(&input, latents.dims()).map_err(Error::plugin("latents"))?;
-        let mut view = ViewMut::new(&mut output, latents.dims()).map_err(Error::plugin("latents"))?;
-        let report = match self.split {
-            false => plugin.step(&step, &input, &mut view),
-            true => split::step(self.host, plugin, &step, &input, &mut view),
-        };
-        let report = report.map_err(Error::plugin(format_args!("step {}", step.index)))?;
+        let device = self.host.lent_on();
+        let input = tensor_views::lend(&latents.to_device(&device)?).map_err(Error::plugin("latents"))?;
+        let mut report = None;
+        let corrected = tensor_views::fill(latents.dims(), &device, |out| {
+            report = Some(match self.split {
+                false => plugin.step(&step, &input.view(), out)?,
+                true => split::step(self.host, plugin, &step, &input.view(), out)?,
+            });
+            Ok(())
+        });
+        let corrected = corrected.map_err(Error::plugin(format_args!("step {}", step.index)))?;
+        let report = report.expect("set where the step succeeded");
         for (item, record) in report.items.iter().enumerate().filter(|(_, item)| item.status != host_api::Status::Ok) {
             log::warn!("step {}, item {item}: not corrected ({:?})", step.index, record.status);
         }
-        Ok((Tensor::from_vec(output, latents.shape(), latents.device())?, StepRecord::new(&step, &report)))
+        Ok((corrected.to_device(latents.device())?, StepRecord::new(&step, &report)))
     }
 
     /// The noise (or v) with classifier-free guidance; both halves in one batch, the unconditional one first.

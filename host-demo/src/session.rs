@@ -96,8 +96,7 @@ impl Session {
                     alphas_cumprod: noise.alphas_cumprod(),
                     unet_config: Some(&config),
                 };
-                // Latents cross the interface in main memory, wherever the model computes.
-                instance.prepare(&model, host_api::Device::Cpu).map_err(Error::plugin("prepare"))?;
+                prepare(&mut instance, &model, &host, device)?;
                 Some(instance)
             }
         };
@@ -170,5 +169,19 @@ impl Session {
     /// Bytes of weights that the plugin holds.
     pub fn plugin_memory(&self) -> Option<u64> {
         self.plugin.as_ref().map(Instance::memory)
+    }
+}
+
+/// For latents where the model computes; in main memory where the plugin does not reach there.
+fn prepare(instance: &mut Instance, model: &Model<'_>, host: &DemoHost, device: &Device) -> Result<()> {
+    let name = tensor_views::name(device);
+    match instance.prepare(model, name) {
+        Err(error) if error.status == host_api::Status::Unsupported && name != host_api::Device::Cpu => {
+            host.lend_on(&Device::Cpu);
+            instance.prepare(model, host_api::Device::Cpu).map_err(Error::plugin("prepare"))?;
+            log::warn!("tensors cross to the plugin through main memory: {}", error.message);
+            Ok(())
+        }
+        prepared => prepared.map_err(Error::plugin("prepare")),
     }
 }

@@ -1,6 +1,7 @@
 //! A step whose features and gradient the host computes itself, between the plugin's two halves of it
 //! (`sampler-hook.split/1`).
 
+use candle_core::{DType, Tensor};
 use host_api::host::{Gradient, Instance};
 use host_api::{Error, Outcome, Report, Result, Space, Status, Step, View, ViewMut};
 
@@ -24,17 +25,24 @@ pub(crate) fn step(
     }
     // The U-Net takes latents in variance-preserving space.
     let scale = if step.space == Space::Ve { step.alpha_bar.sqrt() } else { 1. };
-    let z: Vec<f32> = latents.to_vec().iter().map(|x| (f64::from(*x) * scale) as f32).collect();
-    let (shape, features) = host.features(step, &View::new(&z, latents.shape())?, &tap)?;
-    let mut cotangent = vec![0f32; features.len()];
-    let scored = split.score(step, &View::new(&features, &shape)?, &mut ViewMut::new(&mut cotangent, &shape)?);
-    let scored = scored.inspect_err(|_| host.release())?;
+    let device = host.lent_on();
+    let z = scaled(&tensor_views::read(latents, &device)?, scale)?;
+    let features = host.features(step, &tensor_views::lend(&z)?.view(), &tap)?;
+    let features = features.view();
+    let mut scored = None;
+    let cotangent = tensor_views::fill(features.shape(), &device, |cotangent| {
+        scored = Some(split.score(step, &features, cotangent)?);
+        Ok(())
+    });
+    let cotangent = cotangent.inspect_err(|_| host.release())?;
+    let scored = scored.expect("set where the score succeeded");
     if scored.outcome != Outcome::Corrected {
         host.release();
         return Ok(scored);
     }
-    let gradient = host.vjp(&View::new(&cotangent, &shape)?)?;
-    let mut applied = split.apply(step, latents, &View::new(&gradient, latents.shape())?, out)?;
+    let cotangent = tensor_views::lend(&cotangent)?;
+    let gradient = tensor_views::fill(latents.shape(), &device, |gradient| host.vjp(&cotangent.view(), gradient))?;
+    let mut applied = split.apply(step, latents, &tensor_views::lend(&gradient)?.view(), out)?;
     for (item, first) in applied.items.iter_mut().zip(&scored.items) {
         item.score = first.score;
         if first.status != Status::Ok {
@@ -42,4 +50,10 @@ pub(crate) fn step(
         }
     }
     Ok(applied)
+}
+
+/// In f64, rounded once.
+fn scaled(latents: &Tensor, scale: f64) -> Result<Tensor> {
+    let scaled = || latents.to_dtype(DType::F64)?.affine(scale, 0.)?.to_dtype(DType::F32);
+    scaled().map_err(|e| Error::new(Status::Internal, e.to_string()))
 }

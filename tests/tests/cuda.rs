@@ -10,7 +10,12 @@ run_on_the_device! {
     gradient_sources unet_precision unet_lora plugin_correction plugin_lora sampling training
 }
 
-mod memory {
+#[path = "cuda/memory.rs"]
+mod memory;
+#[path = "cuda/views.rs"]
+mod views;
+
+mod room {
     use candle_core::cuda::cudarc::driver::result::mem_get_info;
     use candle_core::{DType, Device, Tensor};
     use serde_json::json;

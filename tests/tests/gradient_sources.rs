@@ -9,8 +9,8 @@ use candle_core::{DType, Tensor};
 use diffusion::lora::LoraFile;
 use diffusion::scheduler::Scheduler;
 use diffusion::{LoraEntry, UNet};
-use host_api::host::{Host, Instance, WeightData, Weights};
-use host_api::{Result, Status, Step, View, ViewMut};
+use host_api::host::{Host, Instance, Weights};
+use host_api::{Lent, Result, Status, Step, View, ViewMut};
 use host_demo::{Mode, PluginChoice, Request, RunOutcome, Session};
 use serde_json::{Value, json};
 use tests::dpt::{
@@ -210,10 +210,10 @@ impl Weights for WeightLender {
         let spoilt = name == SPOILT && fault != Fault::None;
         Ok(if spoilt { u64::MAX } else { unet.weights().get(name).map_or(1, |weight| weight.revision) })
     }
-    fn tensor(&self, name: &str) -> Result<(Vec<usize>, WeightData)> {
+    fn tensor(&self, name: &str) -> Result<Lent> {
         self.read.fetch_add(1, Ordering::SeqCst);
         let unet = self.unet.lock().unwrap();
-        let Some(weight) = unet.weights().get(name) else { return Ok((vec![1], WeightData::F32(vec![0.]))) };
+        let Some(weight) = unet.weights().get(name) else { return Lent::new(vec![0f32], &[1]) };
         let mut values: Vec<f32> = weight.tensor.flatten_all().unwrap().to_vec1().unwrap();
         let mut shape = weight.tensor.dims().to_vec();
         match *self.fault.lock().unwrap() {
@@ -221,7 +221,7 @@ impl Weights for WeightLender {
             Fault::Shape if name == SPOILT => shape = vec![shape[0] / 2, shape[1] * 2],
             _ => {}
         }
-        Ok((shape, WeightData::F32(values)))
+        Lent::new(values, &shape)
     }
 }
 

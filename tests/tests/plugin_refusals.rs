@@ -120,7 +120,7 @@ fn models() {
         refused(prepare(&settings, nonsense), Unsupported, &["the model's U-Net"]);
     }
     let cuda = create(lender(), &host_config(json!({}))).unwrap().prepare(&tiny, Device::Cuda(0));
-    refused(cuda, Unsupported, &["Cuda(0)", "main memory"]);
+    refused(cuda, Unsupported, &["cuda:0", "main memory"]);
     let no_gradient = create(plain(), &host_config(json!({}))).unwrap().prepare(&tiny, Device::Cpu);
     refused(no_gradient, Unsupported, &["plain", "sampler-hook.gradient/1", "`base_model`"]);
 }

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::ffi::text::TextParts;
 use crate::ffi::{read_array, read_string, read_struct, struct_size};
 use crate::types::{Model, Prediction, Run, Space, Step};
+use crate::view::Reach;
 
 /// What a [`Model`] borrows on the plugin's side.
 pub(crate) struct ModelParts {
@@ -88,7 +89,7 @@ pub(crate) struct RunParts<'a> {
 impl RunParts<'_> {
     /// # Safety
     /// `run` is null or points to an `sh_run` whose pointers are null or valid, for `'a`.
-    pub(crate) unsafe fn from_raw(run: *const sh_run) -> Result<Self> {
+    pub(crate) unsafe fn from_raw(run: *const sh_run, reach: Reach) -> Result<Self> {
         // SAFETY: the caller's promise.
         let run = unsafe { read_struct(run, "run") }?;
         if run.reserved != 0 {
@@ -104,7 +105,7 @@ impl RunParts<'_> {
             TextParts::default()
         } else {
             // SAFETY: not null, so a text by the caller's promise.
-            unsafe { TextParts::from_raw(run.text, run.batch as usize) }?
+            unsafe { TextParts::from_raw(run.text, run.batch as usize, reach) }?
         };
         let (batch, steps) = (run.batch as usize, run.steps as usize);
         Ok(Self { batch, steps, guidance_scale: run.guidance_scale, text })
@@ -138,7 +139,7 @@ pub(crate) struct StepParts<'a> {
 impl StepParts<'_> {
     /// # Safety
     /// `step` is null or points to an `sh_step` whose text is null or valid for a batch of `batch`, for `'a`.
-    pub(crate) unsafe fn from_raw(step: *const sh_step, batch: usize) -> Result<Self> {
+    pub(crate) unsafe fn from_raw(step: *const sh_step, batch: usize, reach: Reach) -> Result<Self> {
         // SAFETY: the caller's promise.
         let step = unsafe { read_struct(step, "step") }?;
         if step.index >= step.count {
@@ -161,7 +162,7 @@ impl StepParts<'_> {
             None
         } else {
             // SAFETY: not null, so a text by the caller's promise.
-            Some(unsafe { TextParts::from_raw(step.text, batch) }?)
+            Some(unsafe { TextParts::from_raw(step.text, batch, reach) }?)
         };
         let step = Step {
             index: step.index as usize,

@@ -6,7 +6,7 @@ use crate::abi::{sh_string, sh_text, sh_view};
 use crate::error::{Error, Result};
 use crate::ffi;
 use crate::types::Text;
-use crate::view::View;
+use crate::view::{Reach, View};
 
 /// What a [`Text`] borrows on the plugin's side: copies of the host's arrays.
 #[derive(Default)]
@@ -20,7 +20,7 @@ pub(crate) struct TextParts<'a> {
 impl<'a> TextParts<'a> {
     /// # Safety
     /// `text` points to an `sh_text` whose pointers are null or valid for a batch of `batch`, for `'a`.
-    pub(crate) unsafe fn from_raw(text: *const sh_text, batch: usize) -> Result<Self> {
+    pub(crate) unsafe fn from_raw(text: *const sh_text, batch: usize, reach: Reach) -> Result<Self> {
         // SAFETY: the caller's promise.
         let text = unsafe { ffi::read_struct(text, "text") }?;
         if text.reserved != 0 {
@@ -29,12 +29,12 @@ impl<'a> TextParts<'a> {
         let mut parts = Self::default();
         if !text.context.is_null() {
             // SAFETY: the caller's promise.
-            let context = unsafe { View::from_raw(text.context, "text context") }?;
+            let context = unsafe { View::from_raw(text.context, "text context", reach) }?;
             parts.context = Some(with_batch(context, 3, "[B, S, D]", batch, "text context")?);
         }
         if !text.pooled.is_null() {
             // SAFETY: the caller's promise.
-            let pooled = unsafe { View::from_raw(text.pooled, "pooled text") }?;
+            let pooled = unsafe { View::from_raw(text.pooled, "pooled text", reach) }?;
             parts.pooled = Some(with_batch(pooled, 2, "[B, D]", batch, "pooled text")?);
         }
         if !text.end_of_text.is_null() {

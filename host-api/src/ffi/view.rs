@@ -6,7 +6,7 @@ use crate::abi::{DLDataType, DLDevice, DLTensor, SH_DEVICE_CPU, SH_DEVICE_CUDA, 
 use crate::error::{Error, Result, Status};
 use crate::ffi;
 use crate::types::Device;
-use crate::view::{Dtype, Layout, MAX_DIMS, View, ViewMut};
+use crate::view::{Dtype, Layout, MAX_DIMS, Memory, Reach, View, ViewMut};
 
 fn dtype_to_raw(dtype: Dtype) -> DLDataType {
     match dtype {
@@ -66,20 +66,24 @@ pub(crate) fn device_from_raw(device: DLDevice) -> Result<Device> {
 }
 
 /// Points to `base` and into `layout`.
-pub(crate) fn to_raw(base: *const u8, layout: &Layout, flags: u32) -> sh_view {
+fn to_raw(base: *const u8, layout: &Layout, memory: Memory, flags: u32) -> sh_view {
+    let stream = match memory {
+        Memory::Main => ptr::null_mut(),
+        Memory::Cuda { stream, .. } => stream,
+    };
     sh_view {
         struct_size: ffi::struct_size::<sh_view>(),
         flags,
         tensor: DLTensor {
             data: base.cast_mut().cast(),
-            device: device_to_raw(Device::Cpu),
+            device: device_to_raw(memory.device()),
             ndim: layout.ndim as i32,
             dtype: dtype_to_raw(layout.dtype),
             shape: layout.raw_shape.as_ptr().cast_mut(),
             strides: layout.strides.as_ptr().cast_mut(),
             byte_offset: 0,
         },
-        stream: ptr::null_mut(),
+        stream,
     }
 }
 
@@ -87,18 +91,20 @@ impl View<'_> {
     /// Points into `self`, which has to stay where it is while the result is used.
     pub(crate) fn as_raw(&self) -> sh_view {
         let (base, layout) = self.parts();
-        to_raw(base, layout, SH_VIEW_READ_ONLY)
+        to_raw(base, layout, self.memory(), SH_VIEW_READ_ONLY)
     }
 
-    /// A view of the other side's memory, after checking all that can be checked.
+    /// A view of the other side's memory, after checking all that can be checked, that it is within `reach` too.
     ///
     /// # Safety
     /// `view` is null or points to an `sh_view` whose pointers are null or valid for what its sizes say, for `'a`.
-    pub(crate) unsafe fn from_raw(view: *const sh_view, what: &str) -> Result<Self> {
+    pub(crate) unsafe fn from_raw(view: *const sh_view, what: &str, reach: Reach) -> Result<Self> {
         // SAFETY: the caller's promise.
-        let (base, layout, _) = unsafe { read(view, what) }?;
+        let (base, layout, memory, _) = unsafe { read(view, what) }?;
         // SAFETY: `read` checked alignment and address range; the memory is valid by the caller's promise.
-        Ok(unsafe { Self::from_parts(base, layout) })
+        let view = unsafe { Self::from_parts(base, layout, memory) };
+        reach.check(&view).map_err(|error| error.context(what))?;
+        Ok(view)
     }
 }
 
@@ -106,41 +112,40 @@ impl ViewMut<'_> {
     /// Points into `self`, which has to stay where it is while the result is used.
     pub(crate) fn as_raw(&self) -> sh_view {
         let (base, layout) = self.parts();
-        to_raw(base, layout, 0)
+        to_raw(base, layout, self.memory(), 0)
     }
 
     /// As [`View::from_raw`], for memory that is written.
     ///
     /// # Safety
     /// As [`View::from_raw`], and the memory may be written.
-    pub(crate) unsafe fn from_raw(view: *const sh_view, what: &str) -> Result<Self> {
+    pub(crate) unsafe fn from_raw(view: *const sh_view, what: &str, reach: Reach) -> Result<Self> {
         // SAFETY: the caller's promise.
-        let (base, layout, flags) = unsafe { read(view, what) }?;
+        let (base, layout, memory, flags) = unsafe { read(view, what) }?;
         if flags & SH_VIEW_READ_ONLY != 0 {
             return Err(Error::invalid_argument(format!("{what} is read-only but would be written")));
         }
         layout.check_writable().map_err(|error| error.context(what))?;
         // SAFETY: `read` checked alignment and address range; the memory is valid by the caller's promise.
-        Ok(unsafe { Self::from_parts(base.cast_mut(), layout) })
+        let view = unsafe { Self::from_parts(base.cast_mut(), layout, memory) };
+        reach.check(&view.as_view()).map_err(|error| error.context(what))?;
+        Ok(view)
     }
 }
 
 /// # Safety
 /// As [`View::from_raw`].
-unsafe fn read(view: *const sh_view, what: &str) -> Result<(*const u8, Layout, u32)> {
+unsafe fn read(view: *const sh_view, what: &str) -> Result<(*const u8, Layout, Memory, u32)> {
     // SAFETY: the caller's promise.
     let view = unsafe { ffi::read_struct(view, what) }?;
     let tensor = view.tensor;
     if view.flags & !SH_VIEW_READ_ONLY != 0 {
         return Err(Error::invalid_argument(format!("{what}: unknown flags {:#x}", view.flags)));
     }
-    match device_from_raw(tensor.device).map_err(|error| error.context(what))? {
-        Device::Cpu => {}
-        Device::Cuda(_) => {
-            let message = format!("{what} is on a CUDA device; this build takes CPU views");
-            return Err(Error::new(Status::Unsupported, message));
-        }
-    }
+    let memory = match device_from_raw(tensor.device).map_err(|error| error.context(what))? {
+        Device::Cpu => Memory::Main,
+        Device::Cuda(ordinal) => Memory::Cuda { ordinal, stream: view.stream },
+    };
     let dtype = dtype_from_raw(tensor.dtype, what)?;
     let ndim = usize::try_from(tensor.ndim).ok().filter(|&ndim| ndim <= MAX_DIMS);
     let ndim = ndim.ok_or_else(|| {
@@ -157,7 +162,7 @@ unsafe fn read(view: *const sh_view, what: &str) -> Result<(*const u8, Layout, u
         Some(unsafe { ffi::read_array(tensor.strides.cast_const(), ndim as u64, &format!("{what}: strides")) }?)
     };
     let layout = Layout::new(dtype, &extents, strides.as_deref()).map_err(|error| error.context(what))?;
-    let Some((low, high)) = layout.reach() else { return Ok((ptr::null(), layout, view.flags)) };
+    let Some((low, high)) = layout.reach() else { return Ok((ptr::null(), layout, memory, view.flags)) };
     if tensor.data.is_null() {
         return Err(Error::invalid_argument(format!("{what}: data is NULL with shape {shape:?}")));
     }
@@ -169,5 +174,6 @@ unsafe fn read(view: *const sh_view, what: &str) -> Result<(*const u8, Layout, u
     if start % size != 0 {
         return Err(Error::invalid_argument(format!("{what}: elements are not aligned to {size} bytes")));
     }
-    Ok((tensor.data.cast_const().cast::<u8>().wrapping_add(tensor.byte_offset as usize), layout, view.flags))
+    let first = tensor.data.cast_const().cast::<u8>().wrapping_add(tensor.byte_offset as usize);
+    Ok((first, layout, memory, view.flags))
 }

@@ -4,9 +4,9 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex};
 
-use super::gradient::{self, Activation};
-use super::weights::{self, LentTensor};
+use super::{gradient, weights};
 use super::{Host, Weights};
+use crate::view::{Lent, Reach};
 use crate::abi::{
     SH_HOST_GRADIENT, SH_HOST_PROGRESS, SH_HOST_WEIGHTS, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_TRACE, SH_LOG_WARN,
     sh_host, sh_host_progress, sh_string,
@@ -17,8 +17,10 @@ use crate::ffi::{self, read_string};
 pub(super) struct Bridge {
     pub(super) table: sh_host,
     pub(super) host: Arc<dyn Host>,
-    pub(super) activation: Mutex<Option<Activation>>,
-    pub(super) tensor: Mutex<Option<LentTensor>>,
+    /// The last activation; a plugin holds pointers into it until vjp or release.
+    pub(super) activation: Mutex<Option<Box<Lent>>>,
+    /// The tensor that was asked for last; a plugin holds pointers into it until the next.
+    pub(super) tensor: Mutex<Option<Box<Lent>>>,
     /// Names of the tensors that the host lends; empty when it lends none.
     pub(super) weight_names: Vec<String>,
     name: String,
@@ -27,6 +29,11 @@ pub(super) struct Bridge {
 }
 
 impl Bridge {
+    /// The memory that the host can reach.
+    pub(super) fn reach(&self) -> Reach {
+        Reach(self.host.device_memory())
+    }
+
     /// The box is given away as a pointer, so that no Rust reference claims it while plugins use it.
     pub(super) fn into_raw(host: Arc<dyn Host>) -> *const Self {
         let table = sh_host {

@@ -11,7 +11,7 @@ use crate::abi::{
 use crate::error::{Error, Result, Status};
 use crate::ffi::{self, read_array, read_string};
 use crate::plugin::{LoraEntry, LoraLayout, ParamKind, ParamSpec};
-use crate::view::{View, ViewMut};
+use crate::view::{Reach, View, ViewMut};
 
 /// The parameters of an instance. Usable from any thread, also during a step.
 #[derive(Clone)]
@@ -150,7 +150,7 @@ impl InstanceLora {
         self.plugin.call(self.table.entry, |f, plugin, error| unsafe { f(plugin, index, &mut raw, error) })?;
         // SAFETY: valid until destroy, for all three.
         let (module, down, up) = unsafe {
-            (read_string(raw.module, "module")?, View::from_raw(raw.down, "down")?, View::from_raw(raw.up, "up")?)
+            (read_string(raw.module, "module")?, View::from_raw(raw.down, "down", Reach::MAIN)?, View::from_raw(raw.up, "up", Reach::MAIN)?)
         };
         let rank = raw.rank as usize;
         match (down.shape(), up.shape()) {

@@ -8,13 +8,7 @@ use crate::abi::{sh_error, sh_host, sh_host_gradient, sh_status, sh_step, sh_str
 use crate::error::{Error, Result, Status};
 use crate::ffi::sampling::StepParts;
 use crate::ffi::{self, read_string};
-use crate::view::{Layout, View, ViewMut};
-
-/// The last activation; a plugin holds pointers into it until vjp or release.
-pub(super) struct Activation {
-    numbers: Vec<f32>,
-    layout: Box<Layout>,
-}
+use crate::view::{Lent, View, ViewMut};
 
 pub(super) static TABLE: sh_host_gradient = sh_host_gradient {
     struct_size: ffi::struct_size::<sh_host_gradient>(),
@@ -25,7 +19,7 @@ pub(super) static TABLE: sh_host_gradient = sh_host_gradient {
 };
 
 impl Bridge {
-    fn keep(&self, activation: Option<Activation>) {
+    fn keep(&self, activation: Option<Box<Lent>>) {
         *self.activation.lock().unwrap_or_else(PoisonError::into_inner) = activation;
     }
 
@@ -47,7 +41,10 @@ pub(super) unsafe fn enter(
     }
     // SAFETY: the caller's promise.
     let bridge = unsafe { bridge(host) }.ok_or_else(|| Error::invalid_argument("host is NULL"));
-    let result = bridge.and_then(|bridge| ffi::catch(|| call(bridge)));
+    let result = bridge.and_then(|bridge| {
+        let _inside = bridge.reach().inside();
+        ffi::catch(|| call(bridge))
+    });
     // SAFETY: `check` accepted the error.
     unsafe { ffi::error::finish(result, error) }
 }
@@ -64,24 +61,16 @@ unsafe extern "C" fn features(
         // SAFETY: the plugin's promise, for all that follow.
         unsafe { ffi::check_struct(activation.cast_const(), "activation") }?;
         // SAFETY: as above.
-        let latents = unsafe { View::from_raw(latents, "latents") }?;
+        let latents = unsafe { View::from_raw(latents, "latents", bridge.reach()) }?;
         let batch = latents.shape().first().copied().unwrap_or(0);
         // SAFETY: as above.
-        let parts = unsafe { StepParts::from_raw(step, batch) }?;
+        let parts = unsafe { StepParts::from_raw(step, batch, bridge.reach()) }?;
         // SAFETY: as above.
         let tap = unsafe { read_string(tap, "tap") }?;
         bridge.keep(None);
-        let (shape, numbers) = bridge.gradient()?.features(&parts.step(), &latents, &tap)?;
-        let layout = match View::new(&numbers, &shape) {
-            Ok(view) => Box::new(*view.parts().1),
-            Err(error) => {
-                bridge.gradient()?.release();
-                return Err(error);
-            }
-        };
-        let kept = Activation { numbers, layout };
-        let raw = ffi::view::to_raw(kept.numbers.as_ptr().cast(), &kept.layout, crate::abi::SH_VIEW_READ_ONLY);
-        bridge.keep(Some(kept)); // moves the vector and the box, not what they point to
+        let kept = Box::new(bridge.gradient()?.features(&parts.step(), &latents, &tap)?);
+        let raw = kept.as_raw();
+        bridge.keep(Some(kept)); // moves the box, not what it points to
         // SAFETY: checked above; members are written one by one, so a larger struct keeps its tail.
         unsafe {
             (&raw mut (*activation).flags).write(raw.flags);
@@ -104,12 +93,13 @@ unsafe extern "C" fn vjp(
         let activation = bridge.activation.lock().unwrap_or_else(PoisonError::into_inner).take();
         let activation =
             activation.ok_or_else(|| Error::new(Status::InvalidState, "vjp without features before it"))?;
+        let reach = bridge.reach();
         let views = || {
             // SAFETY: the plugin's promise, for both.
             let (cotangent, gradient) =
-                unsafe { (View::from_raw(cotangent, "cotangent")?, ViewMut::from_raw(gradient, "gradient")?) };
-            let (found, expected) = (cotangent.shape(), activation.layout.shape());
-            if found != expected {
+                unsafe { (View::from_raw(cotangent, "cotangent", reach)?, ViewMut::from_raw(gradient, "gradient", reach)?) };
+            let (found, expected) = (cotangent.shape(), activation.view().shape().to_vec());
+            if found != expected.as_slice() {
                 let message = format!("cotangent of shape {found:?} for an activation of {expected:?}");
                 return Err(Error::shape_mismatch(message));
             }
@@ -121,8 +111,7 @@ unsafe extern "C" fn vjp(
                 host.release();
             }
         })?;
-        let found = bridge.gradient()?.vjp(&cotangent)?;
-        gradient.write(&found)
+        bridge.gradient()?.vjp(&cotangent, &mut gradient)
     };
     // SAFETY: the plugin's promise.
     unsafe { enter(host, error, call) }

@@ -1,6 +1,6 @@
 //! A plugin library.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::abi::{sh_descriptor, sh_entry, sh_plugin, sh_string};
 use crate::error::{Error, Result, Status};
 use crate::ffi::{self, read_string, read_struct};
 use crate::plugin::{PluginList, entry};
-use crate::types::Descriptor;
+use crate::types::{Descriptor, Device};
 
 /// How a library was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +32,7 @@ pub struct Library {
     entry: &'static sh_entry,
     door: Door,
     descriptors: Vec<Descriptor>,
+    path: Option<PathBuf>,
 }
 
 impl Library {
@@ -39,7 +40,29 @@ impl Library {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (entry, door) = door::open(path)?;
-        Self::new(entry, door).map_err(|error| error.context(path.display()))
+        let library = Self::new(entry, door).map_err(|error| error.context(path.display()))?;
+        Ok(Self { path: Some(path.to_owned()), ..library })
+    }
+
+    /// Loads the library at `path` in its flavour for `device`. A plugin that comes built for CUDA too has that build beside it,
+    /// under its name with `_cuda` behind (`libdpt.so`, `libdpt_cuda.so`): a build for CUDA does not load where there is no driver.
+    /// For a CUDA device that flavour is tried first; the second value says why it is not the one that was loaded.
+    pub fn open_for(path: impl AsRef<Path>, device: Device) -> Result<(Self, Option<Error>)> {
+        let path = path.as_ref();
+        let flavour = match device {
+            Device::Cpu => None,
+            Device::Cuda(_) => cuda_flavour(path),
+        };
+        match flavour.map(Self::open) {
+            None => Ok((Self::open(path)?, None)),
+            Some(Ok(library)) => Ok((library, None)),
+            Some(Err(why)) => Self::open(path).map(|library| (library, Some(why))),
+        }
+    }
+
+    /// Where it was loaded from; none when it is linked into this program.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// The plugins of a list that is linked into this program; see [`plugin_list!`](crate::plugin_list).
@@ -49,7 +72,7 @@ impl Library {
 
     fn new(entry: &'static sh_entry, door: Door) -> Result<Self> {
         let descriptors = (0..entry.plugin_count).map(|index| read_descriptor(entry, index)).collect::<Result<_>>()?;
-        Ok(Self { entry, door, descriptors })
+        Ok(Self { entry, door, descriptors, path: None })
     }
 
     /// The plugins of the library.
@@ -87,6 +110,18 @@ impl Library {
             drop(unsafe { Box::from_raw(bridge.cast_mut()) });
         })
     }
+}
+
+/// `libdpt_cuda.so` for `libdpt.so`; none for a library that is that flavour itself.
+fn cuda_flavour(path: &Path) -> Option<PathBuf> {
+    const FLAVOUR: &str = "_cuda";
+    let mut name = path.file_stem().filter(|name| !name.to_string_lossy().ends_with(FLAVOUR))?.to_owned();
+    name.push(FLAVOUR);
+    if let Some(extension) = path.extension() {
+        name.push(".");
+        name.push(extension);
+    }
+    Some(path.with_file_name(name))
 }
 
 fn read_descriptor(entry: &sh_entry, index: u32) -> Result<Descriptor> {

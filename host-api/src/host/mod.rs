@@ -15,11 +15,9 @@ pub use instance::Instance;
 pub use library::{Door, Library};
 pub use split::InstanceSplit;
 
-use half::{bf16, f16};
-
 use crate::error::Result;
 use crate::types::Step;
-use crate::view::View;
+use crate::view::{DeviceMemory, Lent, View, ViewMut};
 
 /// What a host offers its plugins. All functions but those of the gradient may be called from any thread at any time.
 /// Panics are caught: `log` is then lost, `cancelled` is then true.
@@ -36,6 +34,12 @@ pub trait Host: Send + Sync + 'static {
     /// Whether the user wants the step in progress to stop.
     fn cancelled(&self) -> bool {
         false
+    }
+
+    /// How views on devices are reached, which the plugin may pass to gradient and weights where the latents are there. Without it
+    /// they are refused.
+    fn device_memory(&self) -> Option<&'static dyn DeviceMemory> {
+        None
     }
 
     /// The host's own U-Net, when it lends it. The answer to the first call holds for the life of an instance.
@@ -64,30 +68,19 @@ pub trait Weights: Send + Sync {
     /// Another number whenever this tensor has changed.
     fn tensor_revision(&self, name: &str) -> Result<u64>;
 
-    /// A tensor's shape and its numbers in row-major order.
-    fn tensor(&self, name: &str) -> Result<(Vec<usize>, WeightData)>;
-}
-
-/// The numbers of a tensor.
-#[derive(Clone, Debug, PartialEq)]
-pub enum WeightData {
-    /// 32 bits each.
-    F32(Vec<f32>),
-    /// 16 bits each, IEEE.
-    F16(Vec<f16>),
-    /// 16 bits each, the upper half of an `f32`.
-    Bf16(Vec<bf16>),
+    /// A tensor, kept until the next one is asked for.
+    fn tensor(&self, name: &str) -> Result<Lent>;
 }
 
 /// The host extension `sampler-hook.gradient/1`. Called inside a step, on its thread.
 pub trait Gradient: Send + Sync {
     /// The output `[B, C, h, w]` of block `tap` for the `latents` `[B, c, H, W]`, in VP space whatever the step's space is,
-    /// with the conditional text only: its shape and its numbers in row-major order.
-    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> Result<(Vec<usize>, Vec<f32>)>;
+    /// with the conditional text only. The plugin's latents are on the device that `prepare` named, or in main memory.
+    fn features(&self, step: &Step<'_>, latents: &View<'_>, tap: &str) -> Result<Lent>;
 
-    /// The gradient of `sum(cotangent * activation)` with respect to the latents of the last `features` call, in row-major
-    /// order. The activation is not asked for again, also when this fails.
-    fn vjp(&self, cotangent: &View<'_>) -> Result<Vec<f32>>;
+    /// Writes the gradient of `sum(cotangent * activation)` with respect to the latents of the last `features` call to
+    /// `gradient`, of their shape. The activation is not asked for again, also when this fails.
+    fn vjp(&self, cotangent: &View<'_>, gradient: &mut ViewMut<'_>) -> Result<()>;
 
     /// Drops what the last `features` call kept.
     fn release(&self);

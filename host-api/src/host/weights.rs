@@ -4,17 +4,10 @@ use std::sync::PoisonError;
 
 use super::bridge::{Bridge, bridge};
 use super::gradient::enter;
-use super::{WeightData, Weights};
-use crate::abi::{SH_VIEW_READ_ONLY, sh_error, sh_host, sh_host_weights, sh_status, sh_string, sh_view};
+use super::Weights;
+use crate::abi::{sh_error, sh_host, sh_host_weights, sh_status, sh_string, sh_view};
 use crate::error::{Error, Result, Status};
 use crate::ffi;
-use crate::view::{Layout, View};
-
-/// The tensor that was asked for last; a plugin holds a pointer into it until the next.
-pub(super) struct LentTensor {
-    data: WeightData,
-    layout: Box<Layout>,
-}
 
 pub(super) static TABLE: sh_host_weights = sh_host_weights {
     struct_size: ffi::struct_size::<sh_host_weights>(),
@@ -24,26 +17,6 @@ pub(super) static TABLE: sh_host_weights = sh_host_weights {
     name: Some(name),
     tensor: Some(tensor),
 };
-
-impl LentTensor {
-    fn new(shape: &[usize], data: WeightData) -> Result<Self> {
-        let layout = match &data {
-            WeightData::F32(values) => View::new(values, shape)?,
-            WeightData::F16(values) => View::new(values, shape)?,
-            WeightData::Bf16(values) => View::new(values, shape)?,
-        };
-        let layout = Box::new(*layout.parts().1);
-        Ok(Self { data, layout })
-    }
-
-    fn base(&self) -> *const u8 {
-        match &self.data {
-            WeightData::F32(values) => values.as_ptr().cast(),
-            WeightData::F16(values) => values.as_ptr().cast(),
-            WeightData::Bf16(values) => values.as_ptr().cast(),
-        }
-    }
-}
 
 impl Bridge {
     fn weights(&self) -> Result<&dyn Weights> {
@@ -61,6 +34,7 @@ impl Bridge {
 unsafe fn ask<T: Copy>(host: *const sh_host, otherwise: T, ask: impl FnOnce(&Bridge) -> Result<T>) -> T {
     // SAFETY: the plugin passes the host that it was given.
     let Some(bridge) = (unsafe { bridge(host) }) else { return otherwise };
+    let _inside = bridge.reach().inside();
     ffi::catch(|| ask(bridge)).unwrap_or(otherwise)
 }
 
@@ -103,10 +77,9 @@ unsafe extern "C" fn tensor(
         if !tensor.is_null() {
             // SAFETY: the plugin's promise.
             unsafe { ffi::check_struct(tensor.cast_const(), "tensor") }?;
-            let (shape, data) = weights.tensor(name)?;
-            let lent = LentTensor::new(&shape, data).map_err(|error| error.context(name))?;
-            let raw = ffi::view::to_raw(lent.base(), &lent.layout, SH_VIEW_READ_ONLY);
-            // Moves the vector and the box, not what they point to.
+            let lent = Box::new(weights.tensor(name).map_err(|error| error.context(name))?);
+            let raw = lent.as_raw();
+            // Moves the box, not what it points to.
             *bridge.tensor.lock().unwrap_or_else(PoisonError::into_inner) = Some(lent);
             // SAFETY: checked above; members are written one by one, so a larger struct keeps its tail.
             unsafe {

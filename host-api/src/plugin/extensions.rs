@@ -12,7 +12,7 @@ use crate::abi::{
 };
 use crate::error::{Error, Result, Status};
 use crate::ffi::{self, read_string};
-use crate::view::ViewMut;
+use crate::view::{Reach, ViewMut};
 
 /// Parameters with what the host may point into until destroy.
 pub(super) struct ParamsTable {
@@ -262,7 +262,7 @@ unsafe extern "C" fn lora_merge<P: Plugin>(
     let call = |instance: &Instance<P>| {
         let entry = lora_of(instance)?.lora.entry(narrow(index))?;
         // SAFETY: the host's promise.
-        entry.merge(strength, &mut unsafe { ViewMut::from_raw(weight, "weight") }?)
+        entry.merge(strength, &mut unsafe { ViewMut::from_raw(weight, "weight", Reach::MAIN) }?)
     };
     // SAFETY: the host's promise.
     unsafe { enter::<P>(plugin, error, call) }

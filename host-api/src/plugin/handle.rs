@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::slot::HostSlot;
 use crate::error::{Error, Result};
 use crate::types::Step;
+use crate::view::{View, ViewMut};
 
 /// The host that created the instance. Threads of the plugin may keep clones: once the instance is destroyed, messages go
 /// nowhere and `cancelled` is true.
@@ -81,9 +82,9 @@ impl HostWeights {
         self.slot.weight_revision(index)
     }
 
-    /// The tensor at `index`: its shape and its numbers in row-major order.
-    pub fn tensor(&self, index: usize) -> Result<(Vec<usize>, Vec<f32>)> {
-        self.slot.weight(index)
+    /// Calls `read` with the tensor at `index`, which is valid until it returns.
+    pub fn tensor<T>(&self, index: usize, read: impl FnOnce(&View<'_>) -> Result<T>) -> Result<T> {
+        self.slot.weight(index, read)
     }
 }
 
@@ -107,21 +108,21 @@ pub struct HostGradient {
 }
 
 impl HostGradient {
-    /// The output of block `tap` for `latents` (VP, row-major, of `shape` `[B, c, H, W]`) at this step: its shape and numbers.
-    pub fn features(
+    /// Calls `read` with the output `[B, C, h, w]` of block `tap` for `latents` `[B, c, H, W]` in VP space at this step.
+    pub fn features<T>(
         &self,
         step: &Step<'_>,
-        latents: &[f32],
-        shape: &[usize],
+        latents: &View<'_>,
         tap: &str,
-    ) -> Result<(Vec<usize>, Vec<f32>)> {
-        self.slot.features(step, latents, shape, tap)
+        read: impl FnOnce(&View<'_>) -> Result<T>,
+    ) -> Result<T> {
+        self.slot.features(step, latents, tap, read)
     }
 
-    /// The gradient of `sum(cotangent * activation)` with respect to the latents of the last `features` call, which it ends.
-    /// `latents_shape` is that call's.
-    pub fn vjp(&self, cotangent: &[f32], latents_shape: &[usize]) -> Result<Vec<f32>> {
-        self.slot.vjp(cotangent, latents_shape)
+    /// Writes the gradient of `sum(cotangent * activation)` with respect to the latents of the last `features` call, which it
+    /// ends, to `gradient` of their shape.
+    pub fn vjp(&self, cotangent: &View<'_>, gradient: &mut ViewMut<'_>) -> Result<()> {
+        self.slot.vjp(cotangent, gradient)
     }
 
     /// Drops the last activation; nothing when there is none.

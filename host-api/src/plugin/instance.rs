@@ -4,11 +4,10 @@ use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-use super::Plugin;
 use super::extensions::{LoraTable, ParamsTable};
 use super::handle::HostHandle;
 use super::slot::HostSlot;
-use super::tables;
+use super::{Plugin, reach, tables};
 use crate::abi::{sh_needs, sh_plugin};
 use crate::error::{Error, Result, Status};
 use crate::ffi;
@@ -47,6 +46,8 @@ pub(super) struct Core<P> {
     pub(super) plugin: P,
     pub(super) run: Option<RunShape>,
     pub(super) latent_channels: usize,
+    /// Where the latents are, as the last prepare said.
+    pub(super) device: Device,
     /// Taps that `needs` has named since the last prepare; hosts hold pointers to them.
     taps: Vec<Box<str>>,
 }
@@ -73,7 +74,7 @@ impl<P: Plugin> Instance<P> {
         Ok(Self {
             table: tables::plugin::<P>(),
             state: AtomicU8::new(State::Created as u8),
-            core: Mutex::new(Core { plugin, run: None, latent_channels: 0, taps: Vec::new() }),
+            core: Mutex::new(Core { plugin, run: None, latent_channels: 0, device: Device::Cpu, taps: Vec::new() }),
             memory,
             host,
             params,
@@ -135,11 +136,13 @@ impl<P: Plugin> Instance<P> {
 
     pub(super) fn prepare(&self, model: &Model<'_>, device: Device) -> Result<()> {
         let mut core = self.lock("prepare", &[State::Created, State::Prepared])?;
+        reach::<P>().check_device(device).map_err(|error| error.context("the latents will be"))?;
         let lent = self.host.enter_call();
         core.plugin.prepare(model, device)?;
         drop(lent);
         core.taps.clear();
         core.latent_channels = model.latent_channels;
+        core.device = device;
         self.remember_memory(&core);
         self.set_state(State::Prepared);
         Ok(())

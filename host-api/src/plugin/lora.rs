@@ -67,7 +67,7 @@ impl LoraEntry {
         Ok(())
     }
 
-    /// Adds `strength * scale * up @ down` to `weight` `[out, in]`. The sum is formed in f32 and rounded once.
+    /// Adds `strength * scale * up @ down` to `weight` `[out, in]` in main memory. The sum is formed in f32 and rounded once.
     pub fn merge(&self, strength: f64, weight: &mut ViewMut<'_>) -> Result<()> {
         if !strength.is_finite() {
             return Err(Error::invalid_argument(format!("LoRA strength is {strength}")));

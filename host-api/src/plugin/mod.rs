@@ -25,7 +25,7 @@ pub use registration::{PluginList, Registration, entry};
 
 use crate::error::Result;
 use crate::types::{Descriptor, Device, Model, Needs, Report, Run, Step};
-use crate::view::View;
+use crate::view::{DeviceMemory, Dtype, Lent, Reach, View};
 
 /// A plugin. The functions are called in the order of the states: create, prepare, begin, step, end; never two at a time.
 ///
@@ -34,6 +34,11 @@ use crate::view::View;
 pub trait Plugin: Send + Sized + 'static {
     /// What the library says of this plugin.
     const DESCRIPTOR: Descriptor;
+
+    /// How views on devices are reached. Without it every view is in main memory, and hosts with others are refused.
+    fn device_memory() -> Option<&'static dyn DeviceMemory> {
+        None
+    }
 
     /// A new instance. `config` is a JSON object or empty.
     fn create(host: HostHandle, config: &str) -> Result<Self>;
@@ -47,8 +52,8 @@ pub trait Plugin: Send + Sized + 'static {
     /// Starts a run. Not called for a batch of 0, whose steps do nothing.
     fn begin(&mut self, run: &Run<'_>) -> Result<()>;
 
-    /// Corrects the latents before a noise prediction. What is written with [`Latents::write_item`] reaches the host only
-    /// when this returns `Ok` and the host has not cancelled. When an item cannot be corrected, set its status in `report`:
+    /// Corrects the latents before a noise prediction. What is written with [`Latents::write_item`] or [`Latents::write`]
+    /// reaches the host only when this returns `Ok` and the host has not cancelled. When an item cannot be corrected, set its status in `report`:
     /// it stays as it was, whatever was written. With an outcome other than [`Outcome::Corrected`](crate::Outcome), write
     /// nothing.
     fn step(&mut self, step: &Step<'_>, latents: &mut Latents<'_>, report: &mut Report) -> Result<()>;
@@ -58,14 +63,15 @@ pub trait Plugin: Send + Sized + 'static {
 
     /// The first half of a step, for a host with an autograd of its own: from the features `[B, C, h, w]` of the block that
     /// `needs` names to each item's score and, when the outcome is [`Outcome::Corrected`](crate::Outcome) and `cotangent` is
-    /// wanted, the scores' gradient for the features in row-major order. Without features only the outcome is asked for.
+    /// wanted, the scores' gradient for the features, of their shape. It says in which type the gradient is wanted: what is in main
+    /// memory may be of any. Without features only the outcome is asked for.
     fn score(
         &mut self,
         step: &Step<'_>,
         features: Option<&View<'_>>,
-        cotangent: bool,
+        cotangent: Option<Dtype>,
         report: &mut Report,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Lent>> {
         let _ = (step, features, cotangent, report);
         Err(split::absent())
     }
@@ -97,4 +103,9 @@ pub trait Plugin: Send + Sized + 'static {
     fn lora(&self) -> Option<Arc<Lora>> {
         None
     }
+}
+
+/// The memory that `P` can reach.
+pub(crate) fn reach<P: Plugin>() -> Reach {
+    Reach(P::device_memory())
 }

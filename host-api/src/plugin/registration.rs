@@ -3,20 +3,22 @@
 use std::ptr;
 use std::sync::Arc;
 
-use super::Plugin;
 use super::instance::Instance;
 use super::slot::HostSlot;
 use super::tables::into_raw;
+use super::{Plugin, reach};
 use crate::abi::{
     SH_ABI_MAJOR, SH_ABI_MINOR, sh_descriptor, sh_entry, sh_error, sh_host, sh_plugin, sh_status, sh_string,
 };
 use crate::error::{Error, Result, Status};
 use crate::ffi::{self, read_string};
+use crate::view::Reach;
 
 /// One plugin of a library: its descriptor and how to make an instance.
 pub struct Registration {
     id: &'static str,
     descriptor: sh_descriptor,
+    reach: fn() -> Reach,
     create: fn(Arc<HostSlot>, &str) -> Result<*const sh_plugin>,
 }
 
@@ -33,7 +35,8 @@ impl Registration {
             vendor: sh_string::from_static(text.vendor),
             description: sh_string::from_static(text.description),
         };
-        Self { id: text.id, descriptor, create: |host, config| Instance::<P>::create(host, config).map(into_raw) }
+        let create = |host: Arc<HostSlot>, config: &str| Instance::<P>::create(host, config).map(into_raw);
+        Self { id: text.id, descriptor, reach: reach::<P>, create }
     }
 }
 
@@ -78,8 +81,10 @@ unsafe extern "C" fn create<L: PluginList>(
         }
         let known = L::PLUGINS.iter().find(|plugin| plugin.id == id);
         let known = known.ok_or_else(|| Error::new(Status::NotFound, format!("no plugin {id:?} in this library")))?;
+        let reach = (known.reach)();
+        let _inside = reach.inside();
         // SAFETY: the host lives until destroy, when the instance closes the slot; see below for a failed create.
-        let slot = Arc::new(unsafe { HostSlot::open(host) }?);
+        let slot = Arc::new(unsafe { HostSlot::open(host, reach) }?);
         let created = ffi::catch(|| (known.create)(slot.clone(), &config)).inspect_err(|_| slot.close())?;
         // SAFETY: not null, so room for a pointer by the host's promise.
         unsafe { plugin.write(created) };

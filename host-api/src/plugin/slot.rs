@@ -13,7 +13,7 @@ use crate::error::{Error, Result, Status};
 use crate::ffi::text::RawText;
 use crate::ffi::{self, read_string, read_struct};
 use crate::types::Step;
-use crate::view::{View, ViewMut};
+use crate::view::{Outside, Reach, View, ViewMut};
 
 /// The host's pointers, valid until destroy by the header's rule.
 #[derive(Clone, Copy)]
@@ -46,6 +46,8 @@ pub(super) struct HostSlot {
     version: String,
     has_gradient: bool,
     has_weights: bool,
+    /// The memory that the plugin can reach.
+    reach: Reach,
     pointers: RwLock<Option<HostPointers>>,
     progress: Mutex<Progress>,
 }
@@ -53,13 +55,14 @@ pub(super) struct HostSlot {
 impl HostSlot {
     /// # Safety
     /// `host` is null or points to an `sh_host` that lives until [`HostSlot::close`].
-    pub(super) unsafe fn open(host: *const sh_host) -> Result<Self> {
+    pub(super) unsafe fn open(host: *const sh_host, reach: Reach) -> Result<Self> {
         // SAFETY: the caller's promise, here and for the members below.
         let table = unsafe { read_struct(host, "host") }?;
         let missing = |name: &str| Error::invalid_argument(format!("host: {name} is NULL"));
         table.log.ok_or_else(|| missing("log"))?;
         table.cancelled.ok_or_else(|| missing("cancelled"))?;
         let extension = table.extension.ok_or_else(|| missing("extension"))?;
+        let _outside = reach.outside();
         // SAFETY: as above.
         let name = unsafe { read_string(table.name, "host name") }?;
         // SAFETY: as above.
@@ -92,6 +95,7 @@ impl HostSlot {
             version,
             has_gradient: gradient.is_some(),
             has_weights: weights.is_some(),
+            reach,
             pointers: RwLock::new(Some(pointers)),
             progress: Mutex::default(),
         })
@@ -121,10 +125,16 @@ impl HostSlot {
     pub(super) fn report_progress(&self, task: &str, done: u64, total: u64) {
         self.with(|pointers| {
             if let Some(progress) = pointers.progress.and_then(|table| table.progress) {
+                let _outside = self.outside();
                 // SAFETY: the host lives while the slot holds it; the task is borrowed for the call.
                 unsafe { progress(pointers.host, sh_string::borrowing(task), done, total) };
             }
         });
+    }
+
+    /// Has the host find the context that it calls with, while it is called.
+    fn outside(&self) -> Option<Outside> {
+        self.reach.outside()
     }
 
     /// Calls `f` with the host, unless it is gone.
@@ -142,6 +152,7 @@ impl HostSlot {
         };
         self.with(|pointers| {
             if let Some(log) = pointers.table.log {
+                let _outside = self.outside();
                 // SAFETY: the host lives while the slot holds it; the message is borrowed for the call.
                 unsafe { log(pointers.host, level, sh_string::borrowing(message)) };
             }
@@ -149,6 +160,7 @@ impl HostSlot {
     }
 
     pub(super) fn cancelled(&self) -> bool {
+        let _outside = self.outside();
         // SAFETY: the host lives while the slot holds it.
         let ask = |pointers: &HostPointers| pointers.table.cancelled.is_none_or(|f| unsafe { f(pointers.host) } != 0);
         self.with(ask).unwrap_or(true)
@@ -202,11 +214,13 @@ impl HostSlot {
     }
 
     pub(super) fn weights_revision(&self) -> Result<u64> {
+        let _outside = self.outside();
         // SAFETY: the host lives while the slot holds it.
         self.in_call(|pointers, table| Ok(table.revision.map_or(0, |revision| unsafe { revision(pointers.host) })))
     }
 
     pub(super) fn weight_names(&self) -> Result<Vec<String>> {
+        let _outside = self.outside();
         self.in_call(|pointers, table| {
             let (Some(count), Some(name)) = (table.count, table.name) else { return Ok(Vec::new()) };
             let at = |index| {
@@ -227,13 +241,13 @@ impl HostSlot {
         self.ask_for_weight(index, std::ptr::null_mut())
     }
 
-    /// A tensor's shape and numbers.
-    pub(super) fn weight(&self, index: usize) -> Result<(Vec<usize>, Vec<f32>)> {
+    /// Reads a tensor.
+    pub(super) fn weight<T>(&self, index: usize, read: impl FnOnce(&View<'_>) -> Result<T>) -> Result<T> {
         let mut view = ffi::view::empty();
         self.ask_for_weight(index, &mut view)?;
         // SAFETY: the host filled the view, and the tensor is valid until the next one is asked for.
-        let view = unsafe { View::from_raw(&view, "host weight") }.map_err(|error| host_failed("weights", error))?;
-        Ok((view.shape().to_vec(), view.to_vec()))
+        let view = unsafe { View::from_raw(&view, "host weight", self.reach) };
+        read(&view.map_err(|error| host_failed("weights", error))?)
     }
 
     /// Calls the host's `tensor`; `target` is null or points to a view that can be filled.
@@ -241,6 +255,7 @@ impl HostSlot {
         self.in_call(|pointers, table| {
             let tensor = table.tensor.ok_or_else(|| Error::new(Status::Internal, "tensor is NULL"))?;
             let (mut revision, mut error) = (0, ffi::error::empty());
+            let _outside = self.outside();
             // SAFETY: the host lives while the slot holds it; all other pointers are the callers' or to locals here.
             let code = unsafe { tensor(pointers.host, index as u64, target, &mut revision, &mut error) };
             ffi::error::read(code, &error).map_err(|error| host_failed("weights", error))?;
@@ -248,15 +263,14 @@ impl HostSlot {
         })
     }
 
-    pub(super) fn features(
+    pub(super) fn features<T>(
         &self,
         step: &Step<'_>,
-        latents: &[f32],
-        shape: &[usize],
+        latents: &View<'_>,
         tap: &str,
-    ) -> Result<(Vec<usize>, Vec<f32>)> {
-        let latents = View::new(latents, shape)?;
-        let batch = shape.first().copied().unwrap_or(0);
+        read: impl FnOnce(&View<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let batch = latents.shape().first().copied().unwrap_or(0);
         self.in_step(|pointers, gradient| {
             let text = step.text.as_ref().map(|text| RawText::new(text, batch)).transpose()?;
             let text = text.as_ref().map(RawText::as_raw);
@@ -266,39 +280,40 @@ impl HostSlot {
             let mut error = ffi::error::empty();
             let features = gradient.features.ok_or_else(|| Error::new(Status::Internal, "features is NULL"))?;
             let tap = sh_string::borrowing(tap);
+            let outside = self.outside();
             // SAFETY: the host lives while the slot holds it; all other pointers are to locals that outlive the call.
             let code = unsafe { features(pointers.host, &step, &raw_latents, tap, &mut activation, &mut error) };
+            drop(outside);
             ffi::error::read(code, &error).map_err(|error| host_failed("features", error))?;
             self.progress().activation = Some(Vec::new());
             // SAFETY: the host filled the view, and the activation is valid until vjp or release.
-            let view = unsafe { View::from_raw(&activation, "host activation") };
+            let view = unsafe { View::from_raw(&activation, "host activation", self.reach) };
             let view = view.map_err(|error| host_failed("features", error))?;
             if view.shape().first() != Some(&batch) {
                 let message = format!("activation of shape {:?} for a batch of {batch}", view.shape());
                 return Err(host_failed("features", Error::shape_mismatch(message)));
             }
             self.progress().activation = Some(view.shape().to_vec());
-            Ok((view.shape().to_vec(), view.to_vec()))
+            read(&view)
         })
     }
 
-    pub(super) fn vjp(&self, cotangent: &[f32], latents_shape: &[usize]) -> Result<Vec<f32>> {
+    pub(super) fn vjp(&self, cotangent: &View<'_>, gradient: &mut ViewMut<'_>) -> Result<()> {
         self.in_step(|pointers, table| {
             let shape = self.progress().activation.clone();
             let shape = shape.ok_or_else(|| Error::new(Status::InvalidState, "vjp without features before it"))?;
-            let cotangent_view = View::new(cotangent, &shape)?;
-            let count = latents_shape.iter().try_fold(1usize, |count, &extent| count.checked_mul(extent));
-            let count = count.ok_or_else(|| Error::shape_mismatch(format!("latents of shape {latents_shape:?}")))?;
-            let mut gradient = vec![0f32; count];
-            let gradient_view = ViewMut::new(&mut gradient, latents_shape)?;
-            let (cotangent, target) = (cotangent_view.as_raw(), gradient_view.as_raw());
+            if cotangent.shape() != shape {
+                let message = format!("cotangent of shape {:?} for an activation of {shape:?}", cotangent.shape());
+                return Err(Error::shape_mismatch(message));
+            }
+            let (cotangent, target) = (cotangent.as_raw(), gradient.as_raw());
             let mut error = ffi::error::empty();
             let vjp = table.vjp.ok_or_else(|| Error::new(Status::Internal, "vjp is NULL"))?;
             self.progress().activation = None; // its life ends here, also when the call fails
-            // SAFETY: the host lives while the slot holds it; all other pointers are to locals that outlive the call.
+            let _outside = self.outside();
+            // SAFETY: the host lives while the slot holds it; all other pointers are to what outlives the call.
             let code = unsafe { vjp(pointers.host, &cotangent, &target, &mut error) };
-            ffi::error::read(code, &error).map_err(|error| host_failed("vjp", error))?;
-            Ok(gradient)
+            ffi::error::read(code, &error).map_err(|error| host_failed("vjp", error))
         })
     }
 
@@ -306,6 +321,7 @@ impl HostSlot {
         let drop_activation = |pointers: &HostPointers, gradient: &sh_host_gradient| {
             let activation = self.progress().activation.take();
             if let (Some(release), Some(_)) = (gradient.release, activation) {
+                let _outside = self.outside();
                 // SAFETY: the host lives while the slot holds it.
                 unsafe { release(pointers.host) };
             }

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::Plugin;
 use super::instance::{Instance, State};
-use super::step::{StepArguments, check_cancelled, check_count, correct};
+use super::step::{StepArguments, check_cancelled, check_count, check_device, correct};
 use super::tables::enter;
+use super::{Plugin, reach};
 use crate::abi::{sh_error, sh_plugin, sh_plugin_split, sh_report, sh_status, sh_step, sh_view};
 use crate::error::{Error, Result, Status};
 use crate::ffi;
@@ -52,37 +52,45 @@ unsafe fn run_score<P: Plugin>(
     cotangent: *const sh_view,
     report: *mut sh_report,
 ) -> Result<()> {
-    let started = Instant::now();
+    let (started, reach) = (Instant::now(), reach::<P>());
     let mut core = instance.lock("score", &[State::Running])?;
     let run = core.run.ok_or_else(|| Error::new(Status::Internal, "running without a run"))?;
     // SAFETY: the caller's promise, for this and what follows.
     let target = unsafe { ReportTarget::from_raw(report) }?;
     // SAFETY: as above.
-    let parts = unsafe { StepParts::from_raw(step, run.batch) }?;
+    let parts = unsafe { StepParts::from_raw(step, run.batch, reach) }?;
     check_count(&parts.step(), run)?;
     let features = match activation.is_null() {
         true => None,
         // SAFETY: as above.
-        false => Some(unsafe { View::from_raw(activation, "activation") }?),
+        false => Some(unsafe { View::from_raw(activation, "activation", reach) }?),
     };
     let mut cotangent = match cotangent.is_null() {
         true => None,
         // SAFETY: as above.
-        false => Some(unsafe { ViewMut::from_raw(cotangent, "cotangent") }?),
+        false => Some(unsafe { ViewMut::from_raw(cotangent, "cotangent", reach) }?),
     };
     check_views(features.as_ref(), cotangent.as_ref(), run.batch)?;
+    let devices = [("activation", features.map(|view| view.device())), ("cotangent", cotangent.as_ref().map(ViewMut::device))];
+    for (what, device) in devices {
+        device.map_or(Ok(()), |device| check_device(what, device, core.device))?;
+    }
     let mut done = Report::new(run.batch);
     if run.batch == 0 {
         done.outcome = Outcome::SkippedEmpty;
     } else {
         check_cancelled(instance)?;
         let lent = instance.host.enter_call();
-        let scored = core.plugin.score(&parts.step(), features.as_ref(), cotangent.is_some(), &mut done);
+        let scored = core.plugin.score(&parts.step(), features.as_ref(), cotangent.as_ref().map(ViewMut::dtype), &mut done);
         drop(lent);
         let numbers = scored?;
         check_cancelled(instance)?;
         if let (Some(cotangent), Some(numbers)) = (&mut cotangent, numbers) {
-            cotangent.write(&numbers).map_err(|error| Error::new(Status::Internal, error.message))?;
+            let wrong = |error: Error| match error.status {
+                Status::ShapeMismatch | Status::DtypeMismatch => Error::new(Status::Internal, error.message),
+                _ => error,
+            };
+            reach.copy(&numbers.view(), cotangent).map_err(wrong)?;
         }
     }
     done.seconds = started.elapsed().as_secs_f64();
@@ -121,7 +129,7 @@ unsafe extern "C" fn apply<P: Plugin>(
     let call = |instance: &Instance<P>| {
         instance.check_state("apply", &[State::Running])?;
         // SAFETY: the host's promise.
-        let gradient = unsafe { View::from_raw(gradient, "gradient") }?;
+        let gradient = unsafe { View::from_raw(gradient, "gradient", reach::<P>()) }?;
         // SAFETY: as above.
         unsafe {
             correct(instance, "apply", &arguments, |plugin, step, latents, report| {
@@ -130,6 +138,7 @@ unsafe extern "C" fn apply<P: Plugin>(
                     let message = format!("gradient of shape {found:?} for latents of {expected:?}");
                     return Err(Error::shape_mismatch(message));
                 }
+                check_device("gradient", gradient.device(), latents.view().device())?;
                 plugin.apply(step, latents, &gradient, report)
             })
         }

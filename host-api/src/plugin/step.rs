@@ -2,14 +2,14 @@
 
 use std::time::Instant;
 
-use super::Plugin;
 use super::instance::{Instance, RunShape, State};
 use super::latents::Latents;
+use super::{Plugin, reach};
 use crate::abi::{sh_report, sh_step, sh_view};
 use crate::error::{Error, Result, Status};
 use crate::ffi::report::ReportTarget;
 use crate::ffi::sampling::StepParts;
-use crate::types::{Outcome, Report, Step};
+use crate::types::{Device, Outcome, Report, Step};
 use crate::view::{View, ViewMut};
 
 /// The raw arguments of a step or of its second half.
@@ -39,19 +39,22 @@ pub(super) unsafe fn correct<P: Plugin>(
 ) -> Result<()> {
     let started = Instant::now();
     let mut core = instance.lock(call, &[State::Running])?;
+    let reach = reach::<P>();
     let no_run = || Error::new(Status::Internal, "running without a run");
     let run = core.run.ok_or_else(no_run)?;
     // SAFETY: the caller's promise, for this and the next three.
     let target = unsafe { ReportTarget::from_raw(arguments.report) }?;
     // SAFETY: as above.
-    let parts = unsafe { StepParts::from_raw(arguments.step, run.batch) }?;
+    let parts = unsafe { StepParts::from_raw(arguments.step, run.batch, reach) }?;
     // SAFETY: as above.
-    let latents = unsafe { View::from_raw(arguments.latents, "latents") }?;
+    let latents = unsafe { View::from_raw(arguments.latents, "latents", reach) }?;
     // SAFETY: as above.
-    let mut out = unsafe { ViewMut::from_raw(arguments.out, "out") }?;
+    let mut out = unsafe { ViewMut::from_raw(arguments.out, "out", reach) }?;
     let step = parts.step();
     check_count(&step, run)?;
     let shape = check_latents(&latents, run, core.latent_channels)?;
+    check_device("latents", latents.device(), core.device)?;
+    check_device("out", out.device(), core.device)?;
     let in_place = check_out(&latents, &out)?;
 
     let mut report = Report::new(run.batch);
@@ -66,7 +69,7 @@ pub(super) unsafe fn correct<P: Plugin>(
         stepped?;
         check_cancelled(instance)?;
         check_report(&report, &latents)?;
-        latents.commit(&mut out, in_place, |index| kept(&report, index));
+        latents.commit(&mut out, in_place, reach, |index| kept(&report, index))?;
         instance.remember_memory(&core);
     }
     report.seconds = started.elapsed().as_secs_f64();
@@ -89,6 +92,15 @@ pub(super) fn check_cancelled<P>(instance: &Instance<P>) -> Result<()> {
         true => Err(Error::new(Status::Cancelled, "the host cancelled the step")),
         false => Ok(()),
     }
+}
+
+/// That a view is where `prepare` was told that the latents would be.
+pub(super) fn check_device(what: &str, found: Device, prepared: Device) -> Result<()> {
+    if found != prepared {
+        let message = format!("{what} on {found}, but prepare was told that the latents are on {prepared}");
+        return Err(Error::invalid_argument(message));
+    }
+    Ok(())
 }
 
 fn check_latents(latents: &View<'_>, run: RunShape, channels: usize) -> Result<[usize; 4]> {

@@ -6,7 +6,7 @@ use std::ptr;
 use super::Plugin;
 use super::instance::{Instance, State};
 use super::step::{StepArguments, step as run_step};
-use super::{extensions, instance, split};
+use super::{extensions, instance, reach, split};
 use crate::abi::{
     DLDevice, SH_PLUGIN_LORA, SH_PLUGIN_PARAMS, SH_PLUGIN_SPLIT, sh_error, sh_model, sh_needs, sh_plugin, sh_report,
     sh_run, sh_status, sh_step, sh_string, sh_view,
@@ -66,6 +66,7 @@ pub(super) unsafe fn enter<P: Plugin>(
     if let Err(refused) = unsafe { ffi::error::check(error) } {
         return refused.status.code(); // there is nowhere to put the message
     }
+    let _inside = reach::<P>().inside();
     // SAFETY: the caller's promise.
     let result = unsafe { instance::<P>(plugin) }.and_then(|instance| {
         instance.check_poisoned()?;
@@ -84,6 +85,7 @@ unsafe extern "C" fn destroy<P: Plugin>(plugin: *const sh_plugin) {
     if plugin.is_null() || unsafe { (*plugin).instance }.is_null() {
         return;
     }
+    let _inside = reach::<P>().inside();
     // SAFETY: the host's promise: this instance, once; `into_raw` made its pointer from a box. It is taken as it was stored:
     // one that came from a shared reference may not be freed.
     let instance = unsafe { Box::from_raw((*plugin).instance.cast::<Instance<P>>()) };
@@ -131,7 +133,7 @@ unsafe extern "C" fn begin<P: Plugin>(plugin: *const sh_plugin, run: *const sh_r
     let call = |instance: &Instance<P>| {
         instance.check_state("begin", &[State::Prepared])?;
         // SAFETY: the host's promise.
-        let run = unsafe { RunParts::from_raw(run) }?;
+        let run = unsafe { RunParts::from_raw(run, reach::<P>()) }?;
         instance.begin(&run.run())
     };
     // SAFETY: the host's promise.

@@ -68,6 +68,11 @@ impl Layout {
         &self.shape[..self.ndim]
     }
 
+    /// The strides in elements.
+    pub(crate) fn strides(&self) -> &[i64] {
+        &self.strides[..self.ndim]
+    }
+
     /// Smallest and largest offset in elements; `None` without elements.
     pub(crate) fn reach(&self) -> Option<(i64, i64)> {
         (self.count > 0).then(|| {

@@ -34,10 +34,10 @@ pub(crate) unsafe fn write(base: *mut u8, layout: &Layout, values: &[f32]) {
     }
 }
 
-/// Copies bit for bit.
+/// Copies bit for bit; the two may overlap.
 ///
 /// # Safety
-/// As [`read`] for `from` and [`write`] for `to`; shapes and dtypes agree; the two do not overlap.
+/// As [`read`] for `from` and [`write`] for `to`.
 pub(crate) unsafe fn copy(from: *const u8, from_layout: &Layout, to: *mut u8, to_layout: &Layout) {
     assert_eq!((from_layout.shape(), from_layout.dtype), (to_layout.shape(), to_layout.dtype));
     // SAFETY: the caller's promise; integers of the element's size have its alignment.
@@ -47,6 +47,15 @@ pub(crate) unsafe fn copy(from: *const u8, from_layout: &Layout, to: *mut u8, to
             _ => copy_as::<u16>(from.cast(), from_layout, to.cast(), to_layout),
         }
     }
+}
+
+/// # Safety
+/// As [`read`], for elements of type `T`.
+pub(crate) unsafe fn elements<T: Element>(base: *const T, layout: &Layout) -> Vec<T> {
+    let mut values = Vec::with_capacity(layout.count);
+    // SAFETY: the offset is one of the layout's.
+    layout.for_each_offset(|offset| values.push(unsafe { base.wrapping_offset(offset as isize).read() }));
+    values
 }
 
 unsafe fn read_as<T: Element>(base: *const T, layout: &Layout) -> Vec<f32> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use host_api::plugin::{HostHandle, Latents, Lora, LoraEntry, ParamKind, ParamSpec, Params, Plugin};
-use host_api::{Descriptor, Device, Error, Model, Needs, Outcome, Report, Result, Run, Status, Step};
+use host_api::{Descriptor, Device, Error, Model, Needs, Outcome, Report, Result, Run, Status, Step, View, ViewMut};
 
 pub struct Probe {
     host: HostHandle,
@@ -131,13 +131,16 @@ impl Plugin for Probe {
 impl Probe {
     fn add_gradient(&self, step: &Step<'_>, latents: &mut Latents<'_>, report: &mut Report) -> Result<()> {
         let gradient = self.host.gradient().expect("begin has checked");
-        let (shape, numbers) = (latents.shape(), latents.read());
-        assert_eq!(gradient.vjp(&[1.0], &shape).unwrap_err().status, Status::InvalidState, "no features yet");
-        let (_, activation) = gradient.features(step, &numbers, &shape, "mid")?;
+        let mut found = latents.read();
+        let mut slopes = ViewMut::new(&mut found, &latents.shape())?;
+        let early = gradient.vjp(&latents.view(), &mut slopes).unwrap_err();
+        assert_eq!(early.status, Status::InvalidState, "no features yet");
+        let read = |view: &View<'_>| Ok((view.shape().to_vec(), view.to_vec()));
+        let (shape, activation) = gradient.features(step, &latents.view(), "mid", read)?;
         if self.params.get_by_name("on")? == 1.0 {
             return Err(Error::new(Status::Internal, "the activation is left to the wrapper"));
         }
-        let found = gradient.vjp(&activation, &shape)?;
+        gradient.vjp(&View::new(&activation, &shape)?, &mut slopes)?;
         for (index, slope) in found.chunks(latents.item_len()).enumerate() {
             let sum: Vec<f32> =
                 latents.read_item(index).iter().zip(slope).map(|(value, slope)| value + slope).collect();
