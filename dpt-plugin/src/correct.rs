@@ -28,7 +28,8 @@ mod tests {
 
     /// Of items of two numbers.
     fn corrected(latents: &[[f32; 2]], gradient: &[[f32; 2]], eta: f64, bound: Option<f64>) -> Vec<Vec<f32>> {
-        let tensor = |values: &[[f32; 2]]| Tensor::from_slice(values.as_flattened(), (values.len(), 2), &Device::Cpu).unwrap();
+        let tensor =
+            |values: &[[f32; 2]]| Tensor::from_slice(values.as_flattened(), (values.len(), 2), &Device::Cpu).unwrap();
         correction(&tensor(latents), &tensor(gradient), eta, bound).unwrap().to_vec2().unwrap()
     }
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use diffusion::lora::LoraFile;
 use diffusion::{LoraEntry, TextModel};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
-use host_api::{DeviceMemory, Descriptor, Dtype, Lent, Model, Needs, Outcome, Report, Run, Space, Step, View};
+use host_api::{Descriptor, DeviceMemory, Dtype, Lent, Model, Needs, Outcome, Report, Run, Space, Step, View};
 
 use crate::batch::Batch;
 use crate::config::{Config, GradientSource};
@@ -51,9 +51,11 @@ impl Plugin for DptPlugin {
     }
 
     fn prepare(&mut self, model: &Model<'_>, latents: host_api::Device) -> host_api::Result<()> {
+        tensor_views::bind(&self.device);
         let own = tensor_views::name(&self.device);
         if own != latents && own != host_api::Device::Cpu && latents != host_api::Device::Cpu {
-            let message = format!("latents on {latents} for a plugin whose `device` is {own}: no tensor crosses between them");
+            let message =
+                format!("latents on {latents} for a plugin whose `device` is {own}: no tensor crosses between them");
             return Err(Error::Unsupported(message).into());
         }
         let latents = &tensor_views::device(latents)?;
@@ -78,12 +80,14 @@ impl Plugin for DptPlugin {
     }
 
     fn begin(&mut self, run: &Run<'_>) -> host_api::Result<()> {
+        tensor_views::bind(&self.device);
         self.prepared_mut().source.refresh()?;
         self.conditioning = Some(self.conditioning_of(&run.text, run.batch)?);
         Ok(())
     }
 
     fn step(&mut self, step: &Step<'_>, latents: &mut Latents<'_>, report: &mut Report) -> host_api::Result<()> {
+        tensor_views::bind(&self.device);
         let result = self.correct(step, latents, report);
         if result.is_err() {
             self.prepared_mut().source.release();
@@ -100,6 +104,7 @@ impl Plugin for DptPlugin {
         cotangent: Option<Dtype>,
         report: &mut Report,
     ) -> host_api::Result<Option<Lent>> {
+        tensor_views::bind(&self.device);
         Ok(self.score_features(step, features, cotangent, report)?)
     }
 
@@ -110,6 +115,7 @@ impl Plugin for DptPlugin {
         gradient: &View<'_>,
         report: &mut Report,
     ) -> host_api::Result<()> {
+        tensor_views::bind(&self.device);
         let strength = Strength::read(&self.params)?;
         report.outcome = strength.outcome(step);
         if report.outcome == Outcome::Corrected {
@@ -121,6 +127,7 @@ impl Plugin for DptPlugin {
     }
 
     fn end(&mut self) -> host_api::Result<()> {
+        tensor_views::bind(&self.device);
         self.conditioning = None;
         // What was kept from one step to the next.
         diffusion::release_memory();

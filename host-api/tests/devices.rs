@@ -83,7 +83,11 @@ fn lend(values: Vec<f32>, shape: &[usize], on: Memory) -> Result<Lent> {
 fn read(view: &View<'_>) -> Result<Vec<f32>> {
     let mut values = vec![0f32; view.len()];
     let mut target = ViewMut::new(&mut values, view.shape())?;
-    if view.memory() == Memory::Main { target.copy_from(view) } else { Fake.copy(view, &mut target)? }
+    if view.memory() == Memory::Main {
+        target.copy_from(view)
+    } else {
+        Fake.copy(view, &mut target)?
+    }
     Ok(values)
 }
 
@@ -94,8 +98,7 @@ struct Doubler {
 }
 
 impl Plugin for Doubler {
-    const DESCRIPTOR: Descriptor =
-        Descriptor { id: "doubler", name: "", version: "", vendor: "", description: "" };
+    const DESCRIPTOR: Descriptor = Descriptor { id: "doubler", name: "", version: "", vendor: "", description: "" };
 
     fn device_memory() -> Option<&'static dyn DeviceMemory> {
         Some(&Fake)
@@ -142,9 +145,8 @@ impl Plugin for Doubler {
                 let cotangent = lend(activation, &shape, on(PLUGINS))?;
                 let mut found = vec![0f32; latents.item_len() * shape[0]];
                 // SAFETY: the device is main memory.
-                let mut target = unsafe {
-                    ViewMut::of_memory(found.as_mut_ptr().cast(), Dtype::F32, &shape, None, on(PLUGINS))
-                }?;
+                let mut target =
+                    unsafe { ViewMut::of_memory(found.as_mut_ptr().cast(), Dtype::F32, &shape, None, on(PLUGINS)) }?;
                 gradient.vjp(&cotangent.view(), &mut target)?;
                 return latents.write(lend(found, &shape, on(PLUGINS))?);
             }
@@ -187,7 +189,8 @@ fn running(host: Arc<dyn Host>, behaviour: &str, device: Device) -> Instance {
 
 fn view_of(values: &mut [f32], strides: &[i64; 4], memory: Memory) -> ViewMut<'static> {
     // SAFETY: the device is main memory; the tests keep the values while they use the view.
-    unsafe { ViewMut::of_memory(values.as_mut_ptr().cast::<c_void>(), Dtype::F32, &SHAPE, Some(strides), memory) }.unwrap()
+    unsafe { ViewMut::of_memory(values.as_mut_ptr().cast::<c_void>(), Dtype::F32, &SHAPE, Some(strides), memory) }
+        .unwrap()
 }
 
 /// A step from one place to another with gaps between the items: the result and both places.
@@ -220,11 +223,9 @@ fn a_step_that_succeeds_is_copied_on_the_device() {
 
 #[test]
 fn in_place_only_what_changes_is_written() {
-    for (behaviour, expected, copies) in [
-        ("", [2f32, 4., 6., 8.], 2),
-        ("first item fails", [1., 2., 6., 8.], 2),
-        ("skip", [1., 2., 3., 4.], 1),
-    ] {
+    for (behaviour, expected, copies) in
+        [("", [2f32, 4., 6., 8.], 2), ("first item fails", [1., 2., 6., 8.], 2), ("skip", [1., 2., 3., 4.], 1)]
+    {
         let mut instance = running(Arc::new(TestHost::default()), behaviour, Device::Cuda(0));
         let mut numbers = [1f32, 2., 3., 4.];
         instance.step_in_place(&step(0, 2), &mut view_of(&mut numbers, &[2, 2, 2, 1], on(7))).unwrap();

@@ -127,3 +127,30 @@ fn the_c_door_of_a_rust_library_is_the_same_table() {
     let status = std::process::Command::new(&program).arg(scale_library()).status().unwrap();
     assert!(status.success(), "{status}");
 }
+
+#[test]
+fn a_flavour_for_cuda_is_tried_first_and_what_keeps_it_away_is_said() {
+    let folder = scratch("door_flavours");
+    let (plain, cuda) = (folder.join("libscale.so"), folder.join("libscale_cuda.so"));
+    std::fs::copy(scale_library(), &plain).unwrap();
+    let (library, why) = Library::open_for(&plain, Device::Cuda(0)).unwrap();
+    assert_eq!(library.path(), Some(&*plain));
+    assert!(why.unwrap().message.contains("libscale_cuda.so: no plugin library here"));
+    // What the system says of a library that it cannot load.
+    std::fs::write(&cuda, "not a library").unwrap();
+    let (library, why) = Library::open_for(&plain, Device::Cuda(0)).unwrap();
+    assert_eq!(library.path(), Some(&*plain));
+    let why = why.unwrap();
+    assert!(why.message.contains("libscale_cuda.so: not a library that can be loaded: "), "{why}");
+    std::fs::remove_file(&cuda).unwrap();
+    std::fs::copy(scale_library(), &cuda).unwrap();
+    for (asked, device, expected) in
+        [(&plain, Device::Cuda(0), &cuda), (&cuda, Device::Cuda(0), &cuda), (&plain, Device::Cpu, &plain)]
+    {
+        let (library, why) = Library::open_for(asked, device).unwrap();
+        assert!(library.path() == Some(&**expected) && why.is_none(), "{asked:?} for {device}");
+    }
+    std::fs::remove_file(&plain).unwrap();
+    Library::open_for(&plain, Device::Cuda(0)).unwrap();
+    assert_eq!(Library::open_for(&plain, Device::Cpu).unwrap_err().status, Status::NotFound);
+}

@@ -24,10 +24,6 @@ impl ModelOptions {
         let device = tensor_views::name(device);
         let (plugins, passed_over) = Library::open_for(&library, device)
             .map_err(|source| Error::Plugin { call: format!("load {}", library.display()), source })?;
-        if let Some(why) = &passed_over {
-            log::warn!("the plugin computes on the CPU: {}", why.message);
-        }
-        let library = plugins.path().map_or(library, Path::to_owned);
         let is_dpt = plugins.descriptors().first().is_some_and(|plugin| plugin.id == DPT);
         if is_dpt && !keys.contains_key("adapter") {
             if !shipped {

@@ -18,7 +18,7 @@ use crate::{Error, Result};
 /// A plugin to load.
 #[derive(Debug, Clone)]
 pub struct PluginChoice {
-    /// The shared library; its first plugin is used.
+    /// The shared library, in its flavour for the device ([`Library::open_for`]); its first plugin is used.
     pub library: PathBuf,
     /// The plugin's configuration.
     pub config: Value,
@@ -75,7 +75,11 @@ impl Session {
         let plugin = match plugin {
             None => None,
             Some(choice) => {
-                let library = Library::open(&choice.library).map_err(Error::plugin("load"))?;
+                let (library, passed_over) =
+                    Library::open_for(&choice.library, tensor_views::name(device)).map_err(Error::plugin("load"))?;
+                if let Some(why) = passed_over {
+                    log::warn!("the plugin's build for CUDA is not used: {}", why.message);
+                }
                 let id = library
                     .descriptors()
                     .first()

@@ -4,14 +4,14 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Arc, Mutex};
 
-use super::{gradient, weights};
 use super::{Host, Weights};
-use crate::view::{Lent, Reach};
+use super::{gradient, weights};
 use crate::abi::{
     SH_HOST_GRADIENT, SH_HOST_PROGRESS, SH_HOST_WEIGHTS, SH_LOG_DEBUG, SH_LOG_ERROR, SH_LOG_TRACE, SH_LOG_WARN,
     sh_host, sh_host_progress, sh_string,
 };
 use crate::ffi::{self, read_string};
+use crate::view::{Lent, Reach};
 
 /// What `sh_host.instance` points to. Lives in a box from create to destroy.
 pub(super) struct Bridge {

@@ -150,7 +150,11 @@ impl InstanceLora {
         self.plugin.call(self.table.entry, |f, plugin, error| unsafe { f(plugin, index, &mut raw, error) })?;
         // SAFETY: valid until destroy, for all three.
         let (module, down, up) = unsafe {
-            (read_string(raw.module, "module")?, View::from_raw(raw.down, "down", Reach::MAIN)?, View::from_raw(raw.up, "up", Reach::MAIN)?)
+            (
+                read_string(raw.module, "module")?,
+                View::from_raw(raw.down, "down", Reach::MAIN)?,
+                View::from_raw(raw.up, "up", Reach::MAIN)?,
+            )
         };
         let rank = raw.rank as usize;
         match (down.shape(), up.shape()) {

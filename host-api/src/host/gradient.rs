@@ -96,8 +96,9 @@ unsafe extern "C" fn vjp(
         let reach = bridge.reach();
         let views = || {
             // SAFETY: the plugin's promise, for both.
-            let (cotangent, gradient) =
-                unsafe { (View::from_raw(cotangent, "cotangent", reach)?, ViewMut::from_raw(gradient, "gradient", reach)?) };
+            let (cotangent, gradient) = unsafe {
+                (View::from_raw(cotangent, "cotangent", reach)?, ViewMut::from_raw(gradient, "gradient", reach)?)
+            };
             let (found, expected) = (cotangent.shape(), activation.view().shape().to_vec());
             if found != expected.as_slice() {
                 let message = format!("cotangent of shape {found:?} for an activation of {expected:?}");

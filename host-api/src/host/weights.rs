@@ -2,9 +2,9 @@
 
 use std::sync::PoisonError;
 
+use super::Weights;
 use super::bridge::{Bridge, bridge};
 use super::gradient::enter;
-use super::Weights;
 use crate::abi::{sh_error, sh_host, sh_host_weights, sh_status, sh_string, sh_view};
 use crate::error::{Error, Result, Status};
 use crate::ffi;

@@ -17,7 +17,7 @@ pub struct Latents<'a> {
 #[derive(Debug)]
 enum Writes {
     Items(Vec<Option<Vec<f32>>>),
-    Batch(Lent),
+    Batch(Box<Lent>),
 }
 
 impl<'a> Latents<'a> {
@@ -99,7 +99,7 @@ impl<'a> Latents<'a> {
             let message = format!("a batch of {:?} for latents of {:?}", view.dtype(), self.dtype());
             return Err(Error::new(Status::DtypeMismatch, message));
         }
-        self.writes = Writes::Batch(batch);
+        self.writes = Writes::Batch(Box::new(batch));
         Ok(())
     }
 

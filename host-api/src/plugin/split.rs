@@ -71,7 +71,8 @@ unsafe fn run_score<P: Plugin>(
         false => Some(unsafe { ViewMut::from_raw(cotangent, "cotangent", reach) }?),
     };
     check_views(features.as_ref(), cotangent.as_ref(), run.batch)?;
-    let devices = [("activation", features.map(|view| view.device())), ("cotangent", cotangent.as_ref().map(ViewMut::device))];
+    let devices =
+        [("activation", features.map(|view| view.device())), ("cotangent", cotangent.as_ref().map(ViewMut::device))];
     for (what, device) in devices {
         device.map_or(Ok(()), |device| check_device(what, device, core.device))?;
     }
@@ -81,7 +82,8 @@ unsafe fn run_score<P: Plugin>(
     } else {
         check_cancelled(instance)?;
         let lent = instance.host.enter_call();
-        let scored = core.plugin.score(&parts.step(), features.as_ref(), cotangent.as_ref().map(ViewMut::dtype), &mut done);
+        let scored =
+            core.plugin.score(&parts.step(), features.as_ref(), cotangent.as_ref().map(ViewMut::dtype), &mut done);
         drop(lent);
         let numbers = scored?;
         check_cancelled(instance)?;

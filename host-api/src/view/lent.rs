@@ -48,6 +48,6 @@ impl Lent {
 
 impl fmt::Debug for Lent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Lent({:?}, {:?})", self.view, self.owner.type_id())
+        write!(f, "Lent({:?}, {:?})", self.view, (*self.owner).type_id())
     }
 }

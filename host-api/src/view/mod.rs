@@ -15,8 +15,8 @@ pub(crate) use context::Outside;
 pub use element::{Dtype, Element};
 pub(crate) use layout::{Layout, MAX_DIMS};
 pub use lent::Lent;
-pub use place::{DeviceMemory, Memory};
 pub(crate) use place::Reach;
+pub use place::{DeviceMemory, Memory};
 
 use crate::error::{Error, Result};
 use crate::types::Device;
@@ -185,7 +185,12 @@ impl<'a> ViewMut<'a> {
     pub fn strided<T: Element>(data: &'a mut [T], shape: &[usize], strides: &[isize], offset: usize) -> Result<Self> {
         let layout = within::<T>(data.len(), shape, Some(strides), offset)?;
         layout.check_writable()?;
-        Ok(Self { base: data.as_mut_ptr().wrapping_add(offset).cast(), layout, memory: Memory::Main, borrow: PhantomData })
+        Ok(Self {
+            base: data.as_mut_ptr().wrapping_add(offset).cast(),
+            layout,
+            memory: Memory::Main,
+            borrow: PhantomData,
+        })
     }
 
     /// As [`View::of_memory`], for memory that is written. Elements must not overlap.

@@ -144,7 +144,14 @@ impl Buffer {
     }
 
     /// `offset` in elements.
-    pub fn strided(&self, dtype: Dtype, shape: &[usize], strides: Option<&[i64]>, offset: usize, on: &Stream) -> View<'_> {
+    pub fn strided(
+        &self,
+        dtype: Dtype,
+        shape: &[usize],
+        strides: Option<&[i64]>,
+        offset: usize,
+        on: &Stream,
+    ) -> View<'_> {
         let first = self.address().wrapping_byte_add(offset * dtype.size());
         // SAFETY: the tests name layouts within the buffer.
         unsafe { View::of_memory(first, dtype, shape, strides, on.memory()) }.unwrap()
@@ -195,7 +202,12 @@ pub fn decode(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
 }
 
 /// The same numbers in main memory, as `f` takes them.
-pub fn in_main_memory<T>(values: &[f32], dtype: Dtype, shape: &[usize], f: impl FnOnce(&mut ViewMut<'_>) -> T) -> (T, Vec<f32>) {
+pub fn in_main_memory<T>(
+    values: &[f32],
+    dtype: Dtype,
+    shape: &[usize],
+    f: impl FnOnce(&mut ViewMut<'_>) -> T,
+) -> (T, Vec<f32>) {
     fn typed<E: Element, T>(values: &[f32], shape: &[usize], f: impl FnOnce(&mut ViewMut<'_>) -> T) -> (T, Vec<f32>) {
         let mut typed: Vec<E> = values.iter().map(|value| E::from_f32(*value)).collect();
         let result = f(&mut ViewMut::new(&mut typed, shape).unwrap());

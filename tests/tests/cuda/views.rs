@@ -72,7 +72,10 @@ fn views_on_the_gpu_are_corrected_as_in_main_memory() {
             for (found, expected) in apart.items.iter().zip(&report.items) {
                 assert_eq!(found.status, Status::Ok);
                 assert!((found.score - expected.score).abs() < 1e-3, "{what}: {found:?}, {expected:?}");
-                assert!((found.gradient_norm / expected.gradient_norm - 1.).abs() < 2e-2, "{what}: {found:?}, {expected:?}");
+                assert!(
+                    (found.gradient_norm / expected.gradient_norm - 1.).abs() < 2e-2,
+                    "{what}: {found:?}, {expected:?}"
+                );
             }
         }
     }
@@ -80,8 +83,8 @@ fn views_on_the_gpu_are_corrected_as_in_main_memory() {
 
 /// Strides and offset in elements of a layout of [`SHAPE`] with gaps.
 const LAYOUTS: [([i64; 4], usize); 3] = [
-    ([2048, 1, 128, 8], 3),             // channels last, every second place
-    ([1100, 270, 16, 1], 5),            // rows follow each other, channels and items do not
+    ([2048, 1, 128, 8], 3),            // channels last, every second place
+    ([1100, 270, 16, 1], 5),           // rows follow each other, channels and items do not
     ([1024, -256, -16, -1], ITEM - 1), // backwards within an item
 ];
 const PLACES: usize = 4200;
@@ -144,7 +147,7 @@ fn a_skipped_step_copies_every_bit_and_a_spoilt_item_keeps_its_own() {
         let nan: &[u8] = if dtype == Dtype::F32 { &[0x21, 0x43, 0xc5, 0x7f] } else { &[0x83, 0x7f] };
         bytes[..nan.len()].copy_from_slice(nan);
         let mut instance = running_on_gpu(plain(), &own_config(json!({})));
-        let mut eta = |instance: &Instance, eta: f64| instance.params().unwrap().unwrap().set("eta", eta).unwrap();
+        let eta = |instance: &Instance, eta: f64| instance.params().unwrap().unwrap().set("eta", eta).unwrap();
         let (place, out) = (Buffer::raw(&bytes), Buffer::new(bytes.len()));
         let (input, mut output) = (place.view(dtype, &SHAPE, &stream), out.view_mut(dtype, &SHAPE, &stream));
         eta(&instance, 0.);
@@ -153,7 +156,9 @@ fn a_skipped_step_copies_every_bit_and_a_spoilt_item_keeps_its_own() {
         // Through a layout with gaps too.
         let (strides, offset) = LAYOUTS[0];
         let spread = Buffer::new(PLACES * dtype.size());
-        instance.step(&step(1), &input, &mut spread.strided_mut(dtype, &SHAPE, Some(&strides), offset, &stream)).unwrap();
+        instance
+            .step(&step(1), &input, &mut spread.strided_mut(dtype, &SHAPE, Some(&strides), offset, &stream))
+            .unwrap();
         let spread_bytes = spread.bytes();
         let at = |place: usize| &spread_bytes[place * dtype.size()..][..dtype.size()];
         let found: Vec<u8> = places(&strides, offset).into_iter().flat_map(|place| at(place).to_vec()).collect();
@@ -439,7 +444,7 @@ fn views_that_are_not_where_they_say_are_refused_and_nothing_is_touched() {
         pinned
     };
     let gpu = |ordinal| Memory::Cuda { ordinal, stream: stream.handle.cast() };
-    let mut refused = |instance: &mut Instance, pointer, memory, status: Status, words: &[&str]| {
+    let refused = |instance: &mut Instance, pointer, memory, status: Status, words: &[&str]| {
         // SAFETY: not what the view says, which is what is tried; the plugin must not follow it.
         let mut view = unsafe { ViewMut::of_memory(pointer, Dtype::F32, &SHAPE, None, memory) }.unwrap();
         let error = instance.step_in_place(&step(1), &mut view).unwrap_err();
@@ -478,7 +483,8 @@ fn an_empty_batch_is_no_operation() {
     let mut instance = prepared_for(plain(), &own_config(json!({})), GPU);
     instance.begin(&run(0, Text::default())).unwrap();
     // SAFETY: no element is read.
-    let view = unsafe { View::of_memory(std::ptr::null(), Dtype::F32, &[0, 4, 16, 16], None, stream.memory()) }.unwrap();
+    let view =
+        unsafe { View::of_memory(std::ptr::null(), Dtype::F32, &[0, 4, 16, 16], None, stream.memory()) }.unwrap();
     // SAFETY: as above.
     let out = unsafe { ViewMut::of_memory(std::ptr::null_mut(), Dtype::F32, &[0, 4, 16, 16], None, stream.memory()) };
     let report = instance.step(&step(1), &view, &mut out.unwrap()).unwrap();

@@ -66,7 +66,10 @@ impl Place {
                     .map_err(driver)
             }
             (a, b) => {
-                let (a, b) = (a.map_or_else(|| row_major(shape), <[i64]>::to_vec), b.map_or_else(|| row_major(shape), <[i64]>::to_vec));
+                let (a, b) = (
+                    a.map_or_else(|| row_major(shape), <[i64]>::to_vec),
+                    b.map_or_else(|| row_major(shape), <[i64]>::to_vec),
+                );
                 let copy = Strided { size, shape, from: (from.first, &a), to: (to.first, &b) };
                 // SAFETY: the caller's promise.
                 unsafe { strided::copy(&self.device, &self.stream, &copy) }
@@ -145,7 +148,9 @@ fn upload(from: &View<'_>, to: &mut ViewMut<'_>, target: &Place) -> Result<()> {
         let room = place.strides.map(|_| target.room(bytes)).transpose()?;
         let landing = room.as_ref().map_or(place, |room| Packed::room(room, stream));
         // SAFETY: as many bytes on both sides; those in main memory live until the stream has been waited for.
-        unsafe { sys::cuMemcpyHtoDAsync_v2(landing.first, start, bytes, stream.cu_stream()) }.result().map_err(driver)?;
+        unsafe { sys::cuMemcpyHtoDAsync_v2(landing.first, start, bytes, stream.cu_stream()) }
+            .result()
+            .map_err(driver)?;
         // SAFETY: the view's promise, and the room has as many elements.
         room.map_or(Ok(()), |_room| unsafe { target.transfer(size, shape, landing, place) })
     };
