@@ -26,13 +26,20 @@ fn running_on_gpu(host: Arc<dyn Host>, config: &Value) -> Instance {
     instance
 }
 
+/// With the plugin's own U-Net as a [`Lender`] has it: without the LoRA that the adapter's file brings.
+fn own(more: Value) -> Value {
+    let mut config = own_config(more);
+    config["lora_strength"] = json!(0.);
+    config
+}
+
 fn lender() -> Arc<dyn Host> {
     Arc::new(Lender::new(&Texts::of(&[0, 2])))
 }
 
 /// What a plugin that computes on the CPU makes of those latents in main memory, rounded to `dtype`.
 fn expected(values: &[f32], dtype: Dtype) -> (Report, Vec<f32>) {
-    let mut instance = running(plain(), &own_config(json!({"device": "cpu"})), &Texts::of(&[0, 2]));
+    let mut instance = running(plain(), &own(json!({"device": "cpu"})), &Texts::of(&[0, 2]));
     in_main_memory(values, dtype, &SHAPE, |view| instance.step_in_place(&step(1), view).unwrap())
 }
 
@@ -57,7 +64,7 @@ fn views_on_the_gpu_are_corrected_as_in_main_memory() {
     for dtype in TYPES {
         let (report, expected) = expected(&values, dtype);
         let before = rounded(&values, dtype);
-        let hosts = [("own", plain(), own_config(json!({}))), ("host", lender(), host_config(json!({})))];
+        let hosts = [("own", plain(), own(json!({}))), ("host", lender(), host_config(json!({})))];
         for (source, host, config) in hosts {
             let mut instance = running_on_gpu(host, &config);
             let what = format!("{source} {dtype:?}");
@@ -109,7 +116,7 @@ fn strides_and_offsets_lead_to_the_same_numbers_and_gaps_stay() {
     let stream = Stream::new(Kind::Blocking);
     let values = latents(1, 2);
     for dtype in TYPES {
-        let mut instance = running_on_gpu(plain(), &own_config(json!({})));
+        let mut instance = running_on_gpu(plain(), &own(json!({})));
         let plain_out = Buffer::of(&values, dtype);
         instance.step_in_place(&step(1), &mut plain_out.view_mut(dtype, &SHAPE, &stream)).unwrap();
         let (before, corrected) = (rounded(&values, dtype), plain_out.numbers(dtype));
@@ -146,7 +153,7 @@ fn a_skipped_step_copies_every_bit_and_a_spoilt_item_keeps_its_own() {
         // A NaN with a payload, in the first item.
         let nan: &[u8] = if dtype == Dtype::F32 { &[0x21, 0x43, 0xc5, 0x7f] } else { &[0x83, 0x7f] };
         bytes[..nan.len()].copy_from_slice(nan);
-        let mut instance = running_on_gpu(plain(), &own_config(json!({})));
+        let mut instance = running_on_gpu(plain(), &own(json!({})));
         let eta = |instance: &Instance, eta: f64| instance.params().unwrap().unwrap().set("eta", eta).unwrap();
         let (place, out) = (Buffer::raw(&bytes), Buffer::new(bytes.len()));
         let (input, mut output) = (place.view(dtype, &SHAPE, &stream), out.view_mut(dtype, &SHAPE, &stream));
@@ -199,7 +206,7 @@ fn work_is_in_the_order_of_the_hosts_stream() {
     let (_, expected) = expected(&values, Dtype::F32);
     for kind in KINDS {
         let stream = Stream::new(kind);
-        let mut instance = running_on_gpu(plain(), &own_config(json!({})));
+        let mut instance = running_on_gpu(plain(), &own(json!({})));
         // Kernels are loaded at their first use, which may wait for the device.
         drop(late(&mut instance, &stream, &values, &mut |_| {}));
         let found = late(&mut instance, &stream, &values, &mut |_| {});
@@ -218,7 +225,7 @@ fn a_plugin_that_computes_on_the_cpu_takes_them_in_order_too() {
     let (_, expected) = expected(&values, Dtype::F32);
     for kind in KINDS {
         let stream = Stream::new(kind);
-        let mut instance = running_on_gpu(plain(), &own_config(json!({"device": "cpu"})));
+        let mut instance = running_on_gpu(plain(), &own(json!({"device": "cpu"})));
         let found = late(&mut instance, &stream, &values, &mut |_| {});
         assert_eq!(float_bits(&found), float_bits(&expected), "{kind:?}");
     }
@@ -229,7 +236,7 @@ fn a_plugin_that_computes_on_the_cpu_takes_them_in_order_too() {
     let mut spread = vec![77.; PLACES];
     places.iter().zip(&values).for_each(|(&place, value)| spread[place] = *value);
     let place = Buffer::of(&spread, Dtype::F32);
-    let mut instance = running_on_gpu(plain(), &own_config(json!({"device": "cpu"})));
+    let mut instance = running_on_gpu(plain(), &own(json!({"device": "cpu"})));
     let mut view = place.strided_mut(Dtype::F32, &SHAPE, Some(&strides), offset, &stream);
     instance.step_in_place(&step(1), &mut view).unwrap();
     places.iter().zip(&expected).for_each(|(&place, value)| spread[place] = *value);
@@ -248,7 +255,7 @@ fn text_may_be_on_the_gpu_and_so_may_the_halves_of_a_step() {
         pooled: Some(pooled.view(Dtype::F32, &[2, texts.shape[2]], &stream)),
         ..Text::default()
     };
-    let mut instance = prepared_for(plain(), &own_config(json!({})), GPU);
+    let mut instance = prepared_for(plain(), &own(json!({})), GPU);
     instance.begin(&run(2, text)).unwrap();
     let place = Buffer::of(&values, Dtype::F32);
     instance.step_in_place(&step(1), &mut place.view_mut(Dtype::F32, &SHAPE, &stream)).unwrap();
@@ -283,7 +290,7 @@ fn text_may_be_on_the_gpu_and_so_may_the_halves_of_a_step() {
 fn two_instances_on_two_streams_do_not_disturb_each_other() {
     let streams = [Stream::new(Kind::NonBlocking), Stream::new(Kind::PerThread)];
     let starts = [latents(1, 2), latents(7, 2)];
-    let mut instances = [0, 1].map(|_| running_on_gpu(plain(), &own_config(json!({}))));
+    let mut instances = [0, 1].map(|_| running_on_gpu(plain(), &own(json!({}))));
     let places = [0, 1].map(|i: usize| Buffer::of(&starts[i], Dtype::F32));
     for index in 0..STEPS {
         for i in 0..2 {
@@ -293,7 +300,7 @@ fn two_instances_on_two_streams_do_not_disturb_each_other() {
     }
     for i in 0..2 {
         let alone = Buffer::of(&starts[i], Dtype::F32);
-        let mut instance = running_on_gpu(plain(), &own_config(json!({})));
+        let mut instance = running_on_gpu(plain(), &own(json!({})));
         for index in 0..STEPS {
             instance.step_in_place(&step(index), &mut alone.view_mut(Dtype::F32, &SHAPE, &streams[i])).unwrap();
         }
@@ -332,7 +339,7 @@ fn two_hundred_steps_take_no_more_memory_than_the_first_ones() {
 fn too_little_memory_is_said_so_and_the_instance_lives() {
     let stream = Stream::new(Kind::NonBlocking);
     let texts = Texts::of(&[0]);
-    let mut instance = prepared_for(plain(), &own_config(json!({})), GPU);
+    let mut instance = prepared_for(plain(), &own(json!({})), GPU);
     instance.begin(&run(1, texts.text())).unwrap();
     let small = latents(1, 1);
     let (place, shape) = (Buffer::of(&small, Dtype::F32), [1, 4, 16, 16]);
@@ -377,6 +384,18 @@ fn current() -> usize {
     result::ctx::get_current().unwrap().map_or(0, |context| context.addr())
 }
 
+/// A context that lives, or none. One that is made current lies on those before, and none is only current when these are gone.
+fn make_current(context: sys::CUcontext) {
+    // SAFETY: each is a context that lives, or none.
+    let set = |context| unsafe { result::ctx::set_current(context) }.unwrap();
+    while current() != 0 {
+        set(std::ptr::null_mut());
+    }
+    if !context.is_null() {
+        set(context);
+    }
+}
+
 impl Host for Watcher {
     fn name(&self) -> &str {
         "watcher"
@@ -401,11 +420,10 @@ fn the_callers_context_stays_current() {
     let texts = Texts::of(&[0, 2]);
     let other = candle_core::cuda::cudarc::driver::CudaContext::new_non_primary(0, 0).unwrap();
     for context in [std::ptr::null_mut(), other.cu_ctx(), primary.cu_ctx()] {
-        // SAFETY: a context that lives, or none.
-        unsafe { result::ctx::set_current(context) }.unwrap();
+        make_current(context);
         let watcher = Arc::new(Watcher::default());
         let stays = |call: &str| assert_eq!(current(), context.addr(), "{call}");
-        let mut instance = create(watcher.clone(), &own_config(json!({}))).unwrap();
+        let mut instance = create(watcher.clone(), &own(json!({}))).unwrap();
         stays("create");
         instance.prepare(&model(&unet_config(&base_model())), GPU).unwrap();
         stays("prepare");
@@ -433,8 +451,8 @@ fn views_that_are_not_where_they_say_are_refused_and_nothing_is_touched() {
     let start = latents(1, 2);
     let mut place = start.clone();
     let device = Buffer::of(&start, Dtype::F32);
-    let mut on_gpu = running_on_gpu(plain(), &own_config(json!({})));
-    let mut in_main = running(plain(), &own_config(json!({})), &Texts::of(&[0, 2]));
+    let mut on_gpu = running_on_gpu(plain(), &own(json!({})));
+    let mut in_main = running(plain(), &own(json!({})), &Texts::of(&[0, 2]));
     let main = place.as_mut_ptr().cast::<c_void>();
     let pinned = {
         // SAFETY: freed below.
@@ -467,7 +485,7 @@ fn views_that_are_not_where_they_say_are_refused_and_nothing_is_touched() {
     for after in [place.clone(), pinned_after, device.numbers(Dtype::F32)] {
         assert_eq!(float_bits(&after), float_bits(&start));
     }
-    let prepared = create(plain(), &own_config(json!({}))).unwrap();
+    let prepared = create(plain(), &own(json!({}))).unwrap();
     let mut prepared = prepared;
     let error = prepared.prepare(&model(&unet_config(&base_model())), Device::Cuda(99)).unwrap_err();
     assert!(error.status == Status::Unsupported && error.message.contains("cuda:99"), "{error}");
@@ -480,7 +498,7 @@ fn views_that_are_not_where_they_say_are_refused_and_nothing_is_touched() {
 #[test]
 fn an_empty_batch_is_no_operation() {
     let stream = Stream::new(Kind::NonBlocking);
-    let mut instance = prepared_for(plain(), &own_config(json!({})), GPU);
+    let mut instance = prepared_for(plain(), &own(json!({})), GPU);
     instance.begin(&run(0, Text::default())).unwrap();
     // SAFETY: no element is read.
     let view =
