@@ -73,7 +73,11 @@ impl Linear {
 
     /// The same map over the channels of an image, `[B, in, h, w]` to `[B, out, h, w]`: a 1x1 convolution.
     pub(crate) fn forward_channels(&self, x: &Tensor) -> Result<Tensor> {
-        let y = matmul_channels(&self.weight, x)?;
+        let x = x.contiguous()?;
+        if let Some(y) = cpu::linear_channels(&x, &self.weight, self.bias.as_ref())? {
+            return Ok(y);
+        }
+        let y = matmul_channels(&self.weight, &x)?;
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
             None => y,
@@ -82,7 +86,11 @@ impl Linear {
 
     /// `[B, out, h, w]` to `[B, in, h, w]`.
     pub(crate) fn vjp_channels(&self, dy: &Tensor) -> Result<Tensor> {
-        matmul_channels(&self.weight.t()?, dy)
+        let dy = dy.contiguous()?;
+        match cpu::linear_channels_vjp(&dy, &self.weight)? {
+            Some(dx) => Ok(dx),
+            None => matmul_channels(&self.weight.t()?, &dy),
+        }
     }
 }
 
@@ -98,7 +106,7 @@ fn matmul_channels(matrix: &Tensor, x: &Tensor) -> Result<Tensor> {
     let (b, _, h, w) = x.dims4()?;
     let (outputs, inputs) = matrix.dims2()?;
     // The matrix is broadcast over the batch with stride zero: no copy.
-    let y = matrix.broadcast_as((b, outputs, inputs))?.matmul(&x.contiguous()?.reshape((b, inputs, h * w))?)?;
+    let y = matrix.broadcast_as((b, outputs, inputs))?.matmul(&x.reshape((b, inputs, h * w))?)?;
     Ok(y.reshape((b, outputs, h, w))?)
 }
 
