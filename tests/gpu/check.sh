@@ -4,7 +4,7 @@
 #
 #     tests/gpu/check.sh PROGRAMS RESULTS      # PROGRAMS by build.sh, from a checkout at the same path; about 5 minutes
 #
-# RESULTS gets kernels.log, tests.log, what the benchmarks measured as JSON, and report.md. With ONLY_TESTS=1, no benchmarks.
+# RESULTS gets kernels.log, tests.log, python.log, what the benchmarks measured as JSON, and report.md. With ONLY_TESTS=1, no benchmarks.
 set -uo pipefail
 programs=$(cd "${1:?the folder of build.sh}" && pwd) || exit
 mkdir -p "${2:?a folder for the results}"; results=$(cd "$2" && pwd) || exit
@@ -17,12 +17,15 @@ failed=0
 export TEST_DEVICE=cuda PREBUILT=$programs
 (cd "$root/tests" && "$programs/cuda-tests" --test-threads 1) > "$results/tests.log" 2>&1 || failed=1
 unset TEST_DEVICE PREBUILT
+(cd "$root/host-api/python" && SAMPLER_HOOK_LIBRARY=$programs/libdpt_cuda.so python3 -m pytest -q -ra tests/test_cuda.py) \
+  > "$results/python.log" 2>&1 || failed=1
 {
   echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader)"
   for log in kernels tests; do
     echo; echo "$log: $(grep -a 'test result' "$results/$log.log" | tail -n 1)"
     grep -aE '^test .* FAILED$' "$results/$log.log"
   done
+  echo; echo "python: $(tail -n 1 "$results/python.log")"
 } > "$results/report.md"
 [ -n "${ONLY_TESTS:-}" ] || for dtype in f16 f32; do
   python3 "$root/dpt-plugin/benches/against_pytorch.py" --device cuda --dtype $dtype --sizes 64 --batches 1 4 \
