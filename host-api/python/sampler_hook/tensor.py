@@ -164,7 +164,10 @@ def borrow(value: Any, what: str, *, write: bool = False, stream: int | None = N
         value = value.detach()
     if not isinstance(value, SupportsDLPack):
         raise InvalidArgumentError(f"{what}: expected a tensor that speaks DLPack, found {type(value).__qualname__}")
-    device_type, device_id = (int(part) for part in value.__dlpack_device__())
+    try:
+        device_type, device_id = (int(part) for part in value.__dlpack_device__())
+    except (BufferError, TypeError, RuntimeError, ValueError) as error:  # PyTorch's device "meta", for one
+        raise InvalidArgumentError(f"{what} cannot be shared by DLPack: {error}") from error
     on_cpu = device_type == _abi.SH_DEVICE_CPU
     if not on_cpu and device_type != _abi.SH_DEVICE_CUDA:
         raise UnsupportedError(f"{what} is on a device of DLPack's type {device_type}, neither CPU nor CUDA")
