@@ -68,6 +68,8 @@ def test_corrected_runs_are_pytorchs(family: str, tap: str, library: sh.Library)
 def test_every_scheduler_against_the_loop_by_hand(
     case: Case, library: sh.Library, scheduler: str, config: dict[str, Any], first: Any
 ) -> None:
+    if scheduler == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy")
     pipe = pipeline(case, scheduler, **config)
     with merged(pipe, case):
         expected, scores = reference(pipe, case, first=first)
@@ -112,19 +114,15 @@ def test_batches_modes_and_guidance(case: Case, library: sh.Library) -> None:
             assert relative_error(draw(pipe, case, steps=3, **more), expected) < WHOLE_RUN
 
 
-def test_the_score_is_of_the_last_layer_of_the_text(case: Case, library: sh.Library) -> None:
-    """Whatever layer the U-Net gets: the pooled text of a run with clip_skip is that of one without."""
+def test_the_score_is_of_the_pooled_text(case: Case, library: sh.Library) -> None:
     pipe = pipeline(case)
-    pooled = []
-    for skip in (None, 1):
-        with shd.apply(pipe, case.config(gradient="host"), lora="none", library=library) as correction:
-            draw(pipe, case, steps=2, clip_skip=skip)
-        pooled.append(correction._text.pooled)
-    assert torch.equal(*pooled)
-    stored = pipe.tokenizer([PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    prompts = [PROMPT, "naïve café"]
+    with shd.apply(pipe, case.config(gradient="host"), library=library) as correction:
+        pipe.encode_prompt(prompts, "cpu", 2, True)
+    ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = pipe.text_encoder(stored).pooler_output[0]
-    assert torch.allclose(pooled[0], expected.expand(2, -1), atol=1e-6)
+        expected = pipe.text_encoder(ids).pooler_output.repeat_interleave(2, 0)
+    assert torch.equal(correction._text.pooled, expected)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +198,8 @@ def test_from_an_image(case: Case, library: sh.Library, scheduler: str) -> None:
         np.testing.assert_array_equal(run(), plain)
     assert relative_error(corrected, plain) > 1e-2
     firsts = [entry.step for entry in reports if entry.step.sub_evaluation == 0]
-    assert [step.index for step in firsts] == [3, 4, 5]
+    # PNDM of diffusers starts one step above, and its start takes the place of a step.
+    assert [step.index for step in firsts] == ([2, 4, 5] if scheduler == "PNDMScheduler" else [3, 4, 5])
     assert [step.count for step in firsts] == [6, 6, 6]
     schedule = pipeline(case, scheduler, skip_prk_steps=True).scheduler
     schedule.set_timesteps(6)

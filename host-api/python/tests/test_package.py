@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -64,7 +65,8 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_wheel_carries_the_library(tmp_path: Path) -> None:
-    found = build(tmp_path, SAMPLER_HOOK_LIBRARY=str(LIBRARY), SAMPLER_HOOK_CUDA_LIBRARY=str(LIBRARY))
+    cuda = shutil.copy(LIBRARY, tmp_path / "cuda.so")
+    found = build(tmp_path, SAMPLER_HOOK_LIBRARY=str(LIBRARY), SAMPLER_HOOK_CUDA_LIBRARY=str(cuda))
     assert found.returncode == 0, found.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(rf"sampler_hook-{re.escape(workspace_version())}-py3-none-(?!any)\w+\.whl", wheel.name)
@@ -88,9 +90,8 @@ def test_the_wheel_carries_the_library(tmp_path: Path) -> None:
     program = "import sampler_hook as sh; print(sh.Library.open().path); print(sh.Library.open(device='cuda').path)"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SAMPLER_HOOK")}
     environment["PYTHONPATH"] = str(tmp_path / "installed")
-    printed = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     carried = tmp_path / "installed" / "sampler_hook" / "lib"
     assert printed.stdout.split() == [str(carried / f"{name}{LIBRARY.suffix}") for name in ("libdpt", "libdpt_cuda")]
 

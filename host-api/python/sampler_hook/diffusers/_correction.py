@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -47,9 +48,9 @@ class Correction:
         self._sample: torch.Tensor | None = None
         self._corrected: torch.Tensor | None = None
         self._on_cpu = False
-        self._undo: list[Callable[[], None]] = []
         self._scheduler: Any = None
-        self._unhook_scheduler: list[Callable[[], None]] = []
+        self._scheduler_hooks = ExitStack()
+        self._stack = ExitStack()
 
     def __enter__(self) -> Correction:
         return self
@@ -65,21 +66,21 @@ class Correction:
         first = (entry.report for entry in self.reports if entry.step.sub_evaluation == 0)
         return [[item.score for item in report.items] for report in first]
 
-    def install(self, undo: list[Callable[[], None]]) -> None:
-        """Hooks into the pipeline; `undo` is called at the end of `remove`, the last first."""
-        self._undo = undo
+    def install(self, stack: ExitStack) -> None:
+        """Hooks into the pipeline; closing `stack` takes the hooks out."""
+        stack.callback(self._scheduler_hooks.close)
+        stack.callback(self._end_run)
         self._follow_scheduler()
-        watch = self.pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)
-        self._undo += [watch.remove, patch(self.pipe, "encode_prompt", self._encode_prompt)]
+        stack.callback(self.pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True).remove)
+        stack.callback(patch(self.pipe, "encode_prompt", self._encode_prompt))
+
+    def keep(self, stack: ExitStack) -> None:
+        """Closes `stack` when it is removed."""
+        self._stack = stack
 
     def remove(self) -> None:
         """Takes everything out: the pipeline is what it was. Nothing when that was done before."""
-        self._end_run()
-        for undo in reversed(self._undo):
-            undo()
-        for unhook in self._unhook_scheduler:
-            unhook()
-        self._undo, self._unhook_scheduler, self._scheduler = [], [], None
+        self._stack.close()
 
     # What the pipeline calls, in its order.
 
@@ -193,14 +194,10 @@ class Correction:
                 "something else hooks into the pipeline's scheduler; is another plugin applied to it?"
             )
         self._prepare(prediction)
-        for unhook in self._unhook_scheduler:
-            unhook()
-        self._scheduler = scheduler
-        self._scale = scheduler.scale_model_input
-        self._unhook_scheduler = [
-            patch(scheduler, "scale_model_input", self._scale_model_input),
-            patch(scheduler, "step", self._step),
-        ]
+        self._scheduler_hooks.close()
+        self._scheduler, self._scale = scheduler, scheduler.scale_model_input
+        for name, wrapper in [("scale_model_input", self._scale_model_input), ("step", self._step)]:
+            self._scheduler_hooks.callback(patch(scheduler, name, wrapper))
 
     def _prepare(self, prediction: Any) -> None:
         unet = unet_of(self.pipe)
