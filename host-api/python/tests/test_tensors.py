@@ -84,7 +84,7 @@ def test_read_only_arrays_are_read_and_not_written(correct: Callable[..., sh.Rep
         ([[1.0]], ValueError, "latents: expected a tensor that speaks DLPack, found list"),
         (None, ValueError, "found NoneType"),
         (np.zeros((2, 4, 16, 16), np.float32)[:, ::-1].view(), None, ""),
-        (np.broadcast_to(np.float32(1), (2, 4, 16, 16)), ValueError, "read-only"),
+        (np.broadcast_to(np.float32(1), (2, 4, 16, 16)), ValueError, "read-?only"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -196,8 +196,8 @@ class Correction:
         self._prepare(prediction)
         self._scheduler_hooks.close()
         self._scheduler, self._scale = scheduler, scheduler.scale_model_input
-        for name, wrapper in [("scale_model_input", self._scale_model_input), ("step", self._step)]:
-            self._scheduler_hooks.callback(patch(scheduler, name, wrapper))
+        self._scheduler_hooks.callback(patch(scheduler, "scale_model_input", self._scale_model_input))
+        self._scheduler_hooks.callback(patch(scheduler, "step", self._step))
 
     def _prepare(self, prediction: Any) -> None:
         unet = unet_of(self.pipe)
