@@ -33,11 +33,8 @@ def pipeline(case: Case, scheduler: str | None = None, kind: str = "StableDiffus
 
 def draw(pipe: Any, case: Case, steps: int = 6, prompt: Any = None, **more: Any) -> np.ndarray:
     """Latents after a run from the case's start."""
-    size = (
-        {}
-        if "image" in more
-        else {"height": 128, "width": 128, "latents": torch.from_numpy(case.start.copy()).to(pipe.unet.dtype)}
-    )
+    start = torch.from_numpy(case.start.copy()).to(pipe.unet.dtype)
+    size = {} if "image" in more else {"height": 128, "width": 128, "latents": start}
     prompts = [PROMPT] * 2 if prompt is None else prompt
     known = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "latent", **size, **more}
     return pipe(prompts, **known).images.float().numpy()

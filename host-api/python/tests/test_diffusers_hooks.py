@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,14 @@ def test_under_inference_mode(pipe: Any, case: Case, library: sh.Library) -> Non
         draw(lazily, case, steps=2)
 
 
+def test_a_compiled_unet(case: Case, library: sh.Library) -> None:
+    pipe = pipeline(case)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with shd.apply(pipe, case.config(gradient="host"), library=library):
+        assert relative_error(draw(pipe, case), case.tensors["latents.paper"][-1]) < 1e-3
+    assert relative_error(draw(pipe, case), case.tensors["latents.plain"][-1]) < 1e-3
+
+
 def test_half_precision(case: Case, library: sh.Library) -> None:
     pipe = pipeline(case).to(torch.bfloat16)
     with shd.apply(pipe, case.config(gradient="host"), library=library) as correction:
@@ -198,6 +207,7 @@ def test_half_precision(case: Case, library: sh.Library) -> None:
         (lambda p: scheduler(p, "PNDMScheduler", skip_prk_steps=False), "Runge-Kutta"),
         (lambda p: scheduler(p, "DDIMScheduler", prediction_type="sample"), "'sample'"),
         (lambda p: p.unet.register_to_config(in_channels=9), "9 channels"),
+        (lambda p: setattr(p.unet.conv_in, "_hf_hook", SimpleNamespace(offload=True)), "offload"),
     ],
 )
 def test_models_that_are_not_supported(case: Case, library: sh.Library, change: Any, words: str) -> None:

@@ -96,8 +96,10 @@ class Correction:
     def _before_unet(self, _unet: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Corrects the latents and has the U-Net see them."""
         sample, self._sample = self._sample, None
-        if sample is None or len(given) < 2 or given[0].shape != sample.shape:
+        if sample is None:
             return None  # not a step of the pipeline
+        if len(given) < 2 or given[0].shape != sample.shape or "encoder_hidden_states" not in named:
+            raise UnsupportedError("the pipeline calls its U-Net in a way that is not known here")
         timestep, guided = given[1], bool(self.pipe.do_classifier_free_guidance)
         batch = sample.shape[0] // (2 if guided else 1)
         latents = sample[-batch:]

@@ -70,7 +70,7 @@ def _load(pipe: Any, lora: Lora, strength: float) -> Callable[[], None]:
     active = list(pipe.get_active_adapters()) if before else []
     trained = [value for value in unet_of(pipe).parameters() if value.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
-        lora.write(Path(folder) / "lora.safetensors", layout="kohya")
+        lora.write(Path(folder) / "lora.safetensors", layout="peft")
         pipe.load_lora_weights(folder, weight_name="lora.safetensors", adapter_name=ADAPTER)
     if active or strength != 1:
         weights = _weights(pipe, active)
