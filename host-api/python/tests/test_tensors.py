@@ -126,6 +126,20 @@ class Legacy:
         return self.array.__dlpack_device__()
 
 
+class Pinned(Legacy):
+    """Main memory that CUDA has pinned, as PyTorch names it."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 3, 0
+
+
+def test_pinned_memory_is_main_memory(correct: Callable[..., sh.Report], case: Case) -> None:
+    expected, latents = case.start.copy(), case.start.copy()
+    correct(expected)
+    correct(Pinned(latents))
+    np.testing.assert_array_equal(latents, expected)
+
+
 def test_producers_of_before_dlpack_1(correct: Callable[..., sh.Report], case: Case) -> None:
     expected, latents = case.start.copy(), case.start.copy()
     correct(expected)
