@@ -26,7 +26,7 @@ _LEVELS = {
 }
 
 # Before, weights/1 returned strings by value, which callbacks of ctypes cannot.
-_WEIGHTS_MINOR = 3
+_WEIGHTS_FROM = (0, 3)
 
 
 def fill_error(pointer: Any, code: int, message: str) -> None:
@@ -42,7 +42,7 @@ def fill_error(pointer: Any, code: int, message: str) -> None:
 class Bridge:
     """The tables for one plugin. They and all that they point to live as long as this object."""
 
-    def __init__(self, host: Host, abi_minor: int) -> None:
+    def __init__(self, host: Host, abi: tuple[int, int]) -> None:
         self.host = host
         self._arena = Arena()
         self._raised: BaseException | None = None
@@ -63,9 +63,9 @@ class Bridge:
         if host.gradient is not None:
             self._extensions[_abi.SH_HOST_GRADIENT] = _GradientTable(host.gradient, self._caught).table
         if host.weights is not None:
-            if abi_minor < _WEIGHTS_MINOR:
-                message = "the library speaks interface 0.%d, whose weights/1 Python cannot offer: no weights are lent"
-                logger.warning(message, abi_minor)
+            if abi < _WEIGHTS_FROM:
+                message = "the library speaks interface %d.%d, whose weights/1 Python cannot offer: no weights are lent"
+                logger.warning(message, *abi)
             else:
                 self._extensions[_abi.SH_HOST_WEIGHTS] = _WeightsTable(host.weights, self._caught).table
 

@@ -72,6 +72,9 @@ class Plugin:
             address, self._address = self._address, None
         if address is not None:
             self._table.destroy(address)
+            raised = self._bridge.take_raised()
+            if raised is not None:
+                raise raised
 
     @property
     def host(self) -> Host:
