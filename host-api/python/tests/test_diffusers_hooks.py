@@ -150,6 +150,8 @@ def test_a_plugin_of_ones_own(pipe: Any, case: Case, library: sh.Library) -> Non
     with library.create("dpt", case.config(gradient="host"), shd.PipelineHost(pipe)) as plugin:
         with untouched(pipe, case), shd.apply(pipe, plugin):
             assert relative_error(draw(pipe, case), case.tensors["latents.paper"][-1]) < 1e-3
+            with plugin.run(batch=0, steps=1):  # the picture is drawn, and its run has ended
+                pass
         assert not plugin.is_destroyed
         with shd.apply(pipe, plugin, mode="condition-only"):
             assert relative_error(draw(pipe, case), case.tensors["latents.condition"][-1]) < 1e-3

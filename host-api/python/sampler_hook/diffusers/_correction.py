@@ -118,7 +118,10 @@ class Correction:
         self, original: Callable[..., Any], output: Any, timestep: Any, sample: Any, *arguments: Any, **named: Any
     ) -> Any:
         corrected, self._corrected = self._corrected, None
-        return original(output, timestep, sample if corrected is None else corrected, *arguments, **named)
+        stepped = original(output, timestep, sample if corrected is None else corrected, *arguments, **named)
+        if self._run is not None and self.reports and self.reports[-1].step.index == self.reports[-1].step.count - 1:
+            self._end_run()  # the last step has one evaluation, whatever the scheduler
+        return stepped
 
     # One step.
 
@@ -179,7 +182,7 @@ class Correction:
 
     def _end_run(self) -> None:
         run, self._run = self._run, None
-        self._sample = self._corrected = None
+        self._sample = self._corrected = self._context = None
         if run is not None:
             run.end()
 
