@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,23 @@ class Bridge:
                 logger.warning(message, *abi)
             else:
                 self._extensions[_abi.SH_HOST_WEIGHTS] = _WeightsTable(host.weights, self._caught).table
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Makes of Ctrl-C an exception that a callback raised: the call stops at its next look at `cancelled`.
+
+        Python's own handler raises wherever the interpreter is, which may be where a callback begins: nobody would see
+        it there.
+        """
+        on_main = threading.current_thread() is threading.main_thread()
+        if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, lambda _number, _frame: self._caught(KeyboardInterrupt()))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # What callbacks raise is kept for the call in progress.
 

@@ -94,7 +94,8 @@ class Library:
         text = "" if config is None else json.dumps(dict(config), default=_json_of)
         bridge, pointer = Bridge(host if host is not None else Host(), self.abi), c_void_p()
         strings = arena.string(id), arena.string(text)
-        status = self._entry.create(strings[0], byref(bridge.table), strings[1], byref(pointer), byref(error))
+        with bridge.interruptible():
+            status = self._entry.create(strings[0], byref(bridge.table), strings[1], byref(pointer), byref(error))
         raised = bridge.take_raised()
         if status != _abi.SH_OK:
             failure = error_of(status, error.message.decode("utf-8", "replace"))

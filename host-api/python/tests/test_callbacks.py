@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -114,6 +115,29 @@ def test_an_interrupt_comes_through_as_itself(prepared: Make, case: Case) -> Non
         with pytest.raises(KeyboardInterrupt):
             run.step(case.step(), latents)
         np.testing.assert_array_equal(latents, case.start)
+
+
+@pytest.mark.parametrize("where", ["features", "cancelled"])
+def test_ctrl_c_stops_the_step(prepared: Make, case: Case, where: str) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    numbers, host = Numbers(), Recorder()
+    host.gradient = numbers
+
+    def press() -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return False
+
+    plugin = prepared(host, gradient="host")
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
+        if where == "features":
+            numbers.on_features = press  # type: ignore[assignment]
+        else:
+            host.cancelled = press  # type: ignore[method-assign]
+        latents = case.start.copy()
+        with pytest.raises(KeyboardInterrupt):
+            run.step(case.step(), latents)
+        np.testing.assert_array_equal(latents, case.start)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_callbacks_give_is_checked(prepared: Make, case: Case) -> None:
