@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,8 +51,7 @@ def apply(
     Raises `NotImplementedError` for pipelines, models and schedulers that are not supported, by name.
     """
     _check_pipeline(pipe)
-    undo: list[Callable[[], None]] = []
-    try:
+    with ExitStack() as stack:  # on an error all that was done is taken back
         if isinstance(plugin, Plugin):
             instance, host = plugin, _host_of(plugin, pipe)
             if gradient is not None or library is not None:
@@ -60,21 +60,18 @@ def apply(
             host = PipelineHost(pipe)
             opened = library if isinstance(library, Library) else Library.open(library, pipe._execution_device)
             instance = opened.create(id, _configuration(pipe, plugin, gradient), host)
-            undo.append(instance.destroy)
+            stack.callback(instance.destroy)
         for name, value in params.items():
             if name not in instance.params:
                 known = ", ".join(instance.params)
                 raise InvalidArgumentError(f"the plugin has no parameter {name!r}; it has {known}")
             instance.params[name] = value
         correction = Correction(pipe, instance, host, mode)
-        undo.append(bring(pipe, instance.lora, lora, lora_strength))
-        correction.install(undo)
+        stack.callback(bring(pipe, instance.lora, lora, lora_strength))
+        correction.install(stack)
         if instance.needs.gradient:
             check_autograd(unet_of(pipe))
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+        correction.keep(stack.pop_all())
     return correction
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -47,9 +48,9 @@ class Correction:
         self._sample: torch.Tensor | None = None
         self._corrected: torch.Tensor | None = None
         self._on_cpu = False
-        self._undo: list[Callable[[], None]] = []
         self._scheduler: Any = None
-        self._unhook_scheduler: list[Callable[[], None]] = []
+        self._scheduler_hooks = ExitStack()
+        self._stack = ExitStack()
 
     def __enter__(self) -> Correction:
         return self
@@ -65,21 +66,21 @@ class Correction:
         first = (entry.report for entry in self.reports if entry.step.sub_evaluation == 0)
         return [[item.score for item in report.items] for report in first]
 
-    def install(self, undo: list[Callable[[], None]]) -> None:
-        """Hooks into the pipeline; `undo` is called at the end of `remove`, the last first."""
-        self._undo = undo
+    def install(self, stack: ExitStack) -> None:
+        """Hooks into the pipeline; closing `stack` takes the hooks out."""
+        stack.callback(self._scheduler_hooks.close)
+        stack.callback(self._end_run)
         self._follow_scheduler()
-        watch = self.pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)
-        self._undo += [watch.remove, patch(self.pipe, "encode_prompt", self._encode_prompt)]
+        stack.callback(self.pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True).remove)
+        stack.callback(patch(self.pipe, "encode_prompt", self._encode_prompt))
+
+    def keep(self, stack: ExitStack) -> None:
+        """Closes `stack` when it is removed."""
+        self._stack = stack
 
     def remove(self) -> None:
         """Takes everything out: the pipeline is what it was. Nothing when that was done before."""
-        self._end_run()
-        for undo in reversed(self._undo):
-            undo()
-        for unhook in self._unhook_scheduler:
-            unhook()
-        self._undo, self._unhook_scheduler, self._scheduler = [], [], None
+        self._stack.close()
 
     # What the pipeline calls, in its order.
 
@@ -95,8 +96,10 @@ class Correction:
     def _before_unet(self, _unet: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Corrects the latents and has the U-Net see them."""
         sample, self._sample = self._sample, None
-        if sample is None or len(given) < 2 or given[0].shape != sample.shape:
+        if sample is None:
             return None  # not a step of the pipeline
+        if len(given) < 2 or given[0].shape != sample.shape or "encoder_hidden_states" not in named:
+            raise UnsupportedError("the pipeline calls its U-Net in a way that is not known here")
         timestep, guided = given[1], bool(self.pipe.do_classifier_free_guidance)
         batch = sample.shape[0] // (2 if guided else 1)
         latents = sample[-batch:]
@@ -115,7 +118,10 @@ class Correction:
         self, original: Callable[..., Any], output: Any, timestep: Any, sample: Any, *arguments: Any, **named: Any
     ) -> Any:
         corrected, self._corrected = self._corrected, None
-        return original(output, timestep, sample if corrected is None else corrected, *arguments, **named)
+        stepped = original(output, timestep, sample if corrected is None else corrected, *arguments, **named)
+        if self._run is not None and self.reports and self.reports[-1].step.index == self.reports[-1].step.count - 1:
+            self._end_run()  # the last step has one evaluation, whatever the scheduler
+        return stepped
 
     # One step.
 
@@ -176,7 +182,7 @@ class Correction:
 
     def _end_run(self) -> None:
         run, self._run = self._run, None
-        self._sample = self._corrected = None
+        self._sample = self._corrected = self._context = None
         if run is not None:
             run.end()
 
@@ -193,14 +199,10 @@ class Correction:
                 "something else hooks into the pipeline's scheduler; is another plugin applied to it?"
             )
         self._prepare(prediction)
-        for unhook in self._unhook_scheduler:
-            unhook()
-        self._scheduler = scheduler
-        self._scale = scheduler.scale_model_input
-        self._unhook_scheduler = [
-            patch(scheduler, "scale_model_input", self._scale_model_input),
-            patch(scheduler, "step", self._step),
-        ]
+        self._scheduler_hooks.close()
+        self._scheduler, self._scale = scheduler, scheduler.scale_model_input
+        self._scheduler_hooks.callback(patch(scheduler, "scale_model_input", self._scale_model_input))
+        self._scheduler_hooks.callback(patch(scheduler, "step", self._step))
 
     def _prepare(self, prediction: Any) -> None:
         unet = unet_of(self.pipe)

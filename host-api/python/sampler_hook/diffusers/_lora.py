@@ -68,8 +68,9 @@ def _load(pipe: Any, lora: Lora, strength: float) -> Callable[[], None]:
     """Through `pipe.load_lora_weights`, beside the adapters that the pipeline has."""
     before = {name: list(adapters) for name, adapters in pipe.get_list_adapters().items()}
     active = list(pipe.get_active_adapters()) if before else []
+    trained = [value for value in unet_of(pipe).parameters() if value.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
-        lora.write(Path(folder) / "lora.safetensors", layout="kohya")
+        lora.write(Path(folder) / "lora.safetensors", layout="peft")
         pipe.load_lora_weights(folder, weight_name="lora.safetensors", adapter_name=ADAPTER)
     if active or strength != 1:
         weights = _weights(pipe, active)
@@ -78,12 +79,14 @@ def _load(pipe: Any, lora: Lora, strength: float) -> Callable[[], None]:
         weights = []
 
     def unload() -> None:
-        if not any(before.values()):
+        if any(before.values()):
+            pipe.delete_adapters(ADAPTER)
+            if active:
+                pipe.set_adapters(active, weights)
+        else:
             pipe.unload_lora_weights()
-            return
-        pipe.delete_adapters(ADAPTER)
-        if active:
-            pipe.set_adapters(active, weights)
+        for value in trained:  # which PEFT has changed
+            value.requires_grad_(True)
 
     return unload
 
