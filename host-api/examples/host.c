@@ -99,7 +99,7 @@ static sh_status sample(const sh_plugin *plugin, float *latents, sh_error *error
   fill_with_alphas(alphas_cumprod);
   sh_model model = {sizeof(model), SH_PREDICTION_EPSILON, string("sd1"), 4, CHANNELS,
                     alphas_cumprod, TIMESTEPS, string("")};
-  DLDevice cpu = {SH_DEVICE_CPU, 0};
+  sh_device cpu = {SH_DEVICE_CPU, 0};
   sh_status status = plugin->prepare(plugin, &model, cpu, error);
   if (status != SH_OK) return status;
 
@@ -112,7 +112,7 @@ static sh_status sample(const sh_plugin *plugin, float *latents, sh_error *error
   if (status != SH_OK) return status;
 
   int64_t shape[4] = {BATCH, CHANNELS, SIZE, SIZE};
-  sh_view view = {sizeof(view), 0, {latents, {SH_DEVICE_CPU, 0}, 4, {2, 32, 1}, shape, NULL, 0}, NULL}; /* f32 */
+  sh_view view = {sizeof(view), 0, {latents, {SH_DEVICE_CPU, 0}, 4, {SH_DTYPE_FLOAT, 32, 1}, shape, NULL, 0}, NULL}; /* f32 */
   for (uint32_t i = 0; i < STEPS; i++) {
     const int timestep = 900; /* a sampler's timesteps fall; here they stay, so that the scores can be compared */
     sh_step step = {sizeof(step), i, STEPS, 0, timestep, alphas_cumprod[timestep], SH_SPACE_VP, 0, NULL};
@@ -131,8 +131,8 @@ int main(int argc, char **argv) {
   sh_entry_fn entry_of = load(argv[1]);
   if (entry_of == NULL) return 1;
   const sh_entry *entry = entry_of(SH_ABI_MAJOR);
-  if (entry == NULL || entry->struct_size < sizeof(*entry) || entry->abi_minor != SH_ABI_MINOR || !entry->plugin_count)
-    return fprintf(stderr, "%s: no plugin for version %d.%d\n", argv[1], SH_ABI_MAJOR, SH_ABI_MINOR), 1;
+  if (entry == NULL || entry->struct_size < sizeof(*entry) || !entry->plugin_count)
+    return fprintf(stderr, "%s: no plugin for version %d\n", argv[1], SH_ABI_MAJOR), 1;
 
   static float latents[COUNT];
   fill_with_noise(latents);

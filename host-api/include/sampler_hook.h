@@ -1,6 +1,9 @@
 /* sampler_hook.h - a stable C interface between hosts that sample diffusion models and plugins that hook into the steps.
  *
- * DRAFT 0.3: the layout may still change until 1.0, and a library only speaks to a host of the same major AND minor.
+ * Version 1.0. What it says holds for every 1.x: tables are frozen, structs with a struct_size may grow at their end, status codes
+ * and constants are only added, and what is new otherwise comes as an extension with a revision in its id. A host takes a library
+ * that knows its major, of whatever minor, and finds by struct_size and extension what the other side has. SH_ABI_MINOR counts
+ * what was added and is for people to read. Anything that would break a side built before is version 2, another entry.
  *
  * SPDX-License-Identifier: MIT OR Apache-2.0
  *
@@ -28,10 +31,12 @@
  *   - Pointers passed to a function are borrowed until it returns, except `host`, which lives until destroy.
  *     What a function returns stays the property of who returned it; each comment says how long it is valid.
  *   - Every struct that starts with struct_size may grow at its end. The one who allocates it stores the size it knows;
- *     the other side reads and writes no further. A struct_size smaller than that of the first version is an error.
+ *     the other side reads and writes no further. A struct_size smaller than that of the first version is an error. In a
+ *     member that is added, 0 means what its absence meant.
  *   - Strings are UTF-8 with a length, not NUL-terminated. {NULL, 0} is the empty string.
  *   - Reserved members are 0. Unknown flags are an error.
  *   - Where a side makes a device context current on a thread, it restores the other's before it returns and while it calls it.
+ *   - A host's functions, called inside a plugin's, may call back the functions tagged [any] alone; others give SH_BUSY.
  *   - Extensions are optional on both sides: who asks for one that the other does not have gets NULL and goes without.
  *   - A plugin that catches a fault inside a call returns SH_PANIC; from then on every function of the instance that
  *     returns sh_status answers SH_POISONED, and nothing but destroy is of use.
@@ -46,8 +51,8 @@
 extern "C" {
 #endif
 
-#define SH_ABI_MAJOR 0
-#define SH_ABI_MINOR 3
+#define SH_ABI_MAJOR 1
+#define SH_ABI_MINOR 0
 #define SH_ENTRY_SYMBOL "sampler_hook_entry"
 
 /* ---- Status ------------------------------------------------------------------------------------------------------- */
@@ -57,7 +62,7 @@ typedef int32_t sh_status;
 #define SH_OK 0
 #define SH_INVALID_ARGUMENT 1 /* null pointer, struct too small, unknown flag or constant, index out of range */
 #define SH_INVALID_STATE 2    /* the call is not legal in the instance's state */
-#define SH_BUSY 3             /* another call on this instance is in progress on another thread */
+#define SH_BUSY 3             /* another call on this instance is in progress */
 #define SH_INVALID_CONFIG 4   /* the configuration is not JSON, or has unknown keys or values out of range */
 #define SH_UNSUPPORTED 5      /* understood, but not supported: flow prediction, extra U-Net inputs, a foreign device */
 #define SH_NOT_FOUND 6        /* no such file, tap, parameter, plugin id */
@@ -88,29 +93,31 @@ typedef struct sh_string {
   uint64_t size; /* bytes */
 } sh_string;
 
-/* DLPack's structs, under their own names and layout. A host that uses dlpack.h includes it before this header. */
-#ifndef DLPACK_DLPACK_H_
-typedef struct DLDevice {
-  int32_t device_type; /* kDLCPU = 1, kDLCUDA = 2 */
-  int32_t device_id;
-} DLDevice;
+/* DLPack's DLDevice, DLDataType and DLTensor under names of this header, so that both headers go together in any order. The layout is
+ * the same to the byte: a DLTensor may be copied into an sh_tensor with memcpy. */
+typedef struct sh_device {
+  int32_t device_type; /* SH_DEVICE_* */
+  int32_t device_id;   /* ordinal of the device; 0 for the CPU */
+} sh_device;
 
-typedef struct DLDataType {
-  uint8_t code; /* kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4 */
-  uint8_t bits;
+typedef struct sh_dtype {
+  uint8_t code; /* SH_DTYPE_* */
+  uint8_t bits; /* of an element */
   uint16_t lanes; /* 1 */
-} DLDataType;
+} sh_dtype;
 
-typedef struct DLTensor {
+typedef struct sh_tensor {
   void *data;
-  DLDevice device;
+  sh_device device;
   int32_t ndim;
-  DLDataType dtype;
+  sh_dtype dtype;
   int64_t *shape;
   int64_t *strides; /* in elements; NULL: row-major and contiguous */
   uint64_t byte_offset;
-} DLTensor;
-#endif
+} sh_tensor;
+
+#define SH_DTYPE_FLOAT 2  /* IEEE 754: kDLFloat */
+#define SH_DTYPE_BFLOAT 4 /* bfloat16: kDLBfloat */
 
 #define SH_DEVICE_CPU 1
 #define SH_DEVICE_CUDA 2
@@ -132,7 +139,7 @@ typedef struct DLTensor {
 typedef struct sh_view {
   uint32_t struct_size;
   uint32_t flags; /* SH_VIEW_* */
-  DLTensor tensor;
+  sh_tensor tensor;
   void *stream; /* CUDA: the cudaStream_t on which the data is ready and results are expected; CPU: NULL */
 } sh_view;
 
@@ -269,8 +276,9 @@ struct sh_plugin {
   /* Fits the plugin to a model; loads what it needs; `device` is where the latents will be, and all tensors that the plugin
    * gives to the host's functions. SH_UNSUPPORTED when it does not reach there; main memory every plugin does. The text's
    * tensors may be there or in main memory. May be called again. [main] CREATED, PREPARED */
-  sh_status (*prepare)(const sh_plugin *plugin, const sh_model *model, DLDevice device, sh_error *error);
-  /* What begin and step will ask of the host. [main] PREPARED, RUNNING */
+  sh_status (*prepare)(const sh_plugin *plugin, const sh_model *model, sh_device device, sh_error *error);
+  /* What begin and step will ask of the host. A host that cannot serve it stops here: prepare has refused what can be told
+   * before. [main] PREPARED, RUNNING */
   sh_status (*needs)(const sh_plugin *plugin, sh_needs *needs, sh_error *error);
   /* Starts a run. [main] PREPARED */
   sh_status (*begin)(const sh_plugin *plugin, const sh_run *run, sh_error *error);
@@ -312,7 +320,8 @@ typedef struct sh_entry {
   sh_status (*create)(sh_string id, const sh_host *host, sh_string config, const sh_plugin **plugin, sh_error *error);
 } sh_entry;
 
-/* The one symbol that a plugin library exports. NULL when it does not speak abi_major. [any] */
+/* The one symbol that a plugin library exports. NULL when it does not speak abi_major. [any]
+ * ISO C casts no data pointer to a function: copy what dlsym gives into an sh_entry_fn with memcpy. */
 typedef const sh_entry *(*sh_entry_fn)(uint32_t abi_major);
 
 /* ==== Plugin extensions ============================================================================================ */

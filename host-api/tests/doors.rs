@@ -47,7 +47,7 @@ const ENTRY: &str = "
       return SH_OK;
     }
     const sh_entry *sampler_hook_entry(uint32_t major) {
-      static const sh_entry entry = {SIZE, SH_ABI_MAJOR, MINOR, 0, descriptor, CREATE};
+      static const sh_entry entry = {SIZE, MAJOR, MINOR, 0, descriptor, CREATE};
       return major == SPOKEN ? &entry : 0;
     }
 ";
@@ -64,12 +64,23 @@ fn libraries_that_do_not_fit_are_refused_with_a_reason() {
     assert_eq!(error.status, Status::InvalidData);
     assert!(error.message.contains("does not export sampler_hook_entry"), "{error}");
     for (name, define, status, part) in [
-        ("door_major", "#define SPOKEN 7", Status::Unsupported, "does not speak version 0"),
-        ("door_minor", "#define MINOR 7", Status::Unsupported, "speaks draft 0.7, this host 0.3"),
+        ("door_major", "#define SPOKEN 7", Status::Unsupported, "does not speak version 1"),
+        (
+            "door_liar",
+            "#define MAJOR 7",
+            Status::Unsupported,
+            "asked for version 1 of the interface and gave version 7",
+        ),
         ("door_size", "#define SIZE 8", Status::InvalidArgument, "struct_size 8"),
         ("door_create", "#define CREATE 0", Status::InvalidData, "incomplete"),
     ] {
-        let defaults = [("SPOKEN", "0"), ("MINOR", "SH_ABI_MINOR"), ("SIZE", "sizeof(entry)"), ("CREATE", "create")];
+        let defaults = [
+            ("SPOKEN", "SH_ABI_MAJOR"),
+            ("MAJOR", "SH_ABI_MAJOR"),
+            ("MINOR", "SH_ABI_MINOR"),
+            ("SIZE", "sizeof(entry)"),
+            ("CREATE", "create"),
+        ];
         let defaults = defaults.map(|(name, value)| format!("#ifndef {name}\n#define {name} {value}\n#endif\n"));
         let error = open(name, &format!("{define}\n{}{ENTRY}", defaults.concat())).unwrap_err();
         assert_eq!(error.status, status, "{error}");
@@ -80,7 +91,7 @@ fn libraries_that_do_not_fit_are_refused_with_a_reason() {
 #[test]
 fn a_table_with_null_functions_is_refused() {
     let source = format!(
-        "#define SPOKEN 0\n#define MINOR SH_ABI_MINOR\n#define SIZE sizeof(entry)\n#define CREATE create\n{ENTRY}"
+        "#define SPOKEN SH_ABI_MAJOR\n#define MAJOR SH_ABI_MAJOR\n#define MINOR SH_ABI_MINOR + 7\n#define SIZE sizeof(entry)\n#define CREATE create\n{ENTRY}"
     );
     let library = open("door_table", &source).unwrap();
     assert_eq!(library.door(), Door::C);

@@ -57,22 +57,26 @@ fn the_header_needs_no_other_and_may_come_twice() {
 /// A negative array size is how C99 and C++ alike refuse.
 fn sizes(view: &str, tensor: &str) -> String {
     format!(
-        "typedef char view_is[sizeof(sh_view) == {view} ? 1 : -1], tensor_is[sizeof(DLTensor) == {tensor} ? 1 : -1];"
+        "typedef char view_is[sizeof(sh_view) == {view} ? 1 : -1], tensor_is[sizeof(sh_tensor) == {tensor} ? 1 : -1];"
     )
 }
 
 #[test]
-fn the_header_takes_the_structs_of_dlpack() {
-    let use_both = "sh_view view_of(DLTensor *tensor);
-        sh_view view_of(DLTensor *tensor) {
-          sh_view view = {sizeof(sh_view), 0, *tensor, NULL};
-          view.tensor.device.device_type = kDLCPU;
+fn the_header_goes_with_dlpacks_in_either_order() {
+    let use_both = "sh_view view_of(const DLTensor *tensor);
+        sh_view view_of(const DLTensor *tensor) {
+          sh_view view = {sizeof(sh_view), 0, {NULL, {SH_DEVICE_CPU, 0}, 0, {SH_DTYPE_FLOAT, 32, 1}, NULL, NULL, 0}, NULL};
+          memcpy(&view.tensor, tensor, sizeof(*tensor));
           return view;
-        }";
+        }
+        typedef char same_size[sizeof(DLTensor) == sizeof(sh_tensor) ? 1 : -1];
+        typedef char same_place[offsetof(DLTensor, byte_offset) == offsetof(sh_tensor, byte_offset) ? 1 : -1];";
     let [view, tensor] =
-        [size_of::<host_api::abi::sh_view>(), size_of::<host_api::abi::DLTensor>()].map(|size| size.to_string());
-    let source = format!("{DLPACK}\n#include \"sampler_hook.h\"\n{}\n{use_both}\n", sizes(&view, &tensor));
-    compiles("header_dlpack", &source);
+        [size_of::<host_api::abi::sh_view>(), size_of::<host_api::abi::sh_tensor>()].map(|size| size.to_string());
+    let (ours, sizes) = ("#include \"sampler_hook.h\"", sizes(&view, &tensor));
+    for (name, first, second) in [("header_dlpack", DLPACK, ours), ("header_before_dlpack", ours, DLPACK)] {
+        compiles(name, &format!("#include <string.h>\n{first}\n{second}\n{sizes}\n{use_both}\n"));
+    }
 }
 
 #[test]

@@ -88,7 +88,7 @@ fn any_strides_and_dtype() {
         let before = numbers.clone();
         let (mut shape, mut strides) = ([1, 2, 2, 2], [99, -1, 4, 2]);
         let mut view = raw::view(numbers.as_mut_ptr().cast(), &mut shape);
-        view.tensor.dtype = DLDataType { code, bits, lanes: 1 };
+        view.tensor.dtype = sh_dtype { code, bits, lanes: 1 };
         view.tensor.strides = strides.as_mut_ptr();
         view.tensor.byte_offset = 5 * size_of::<T>() as u64;
         raw.step(&raw::step(0, 1), &view, &view, ptr::null_mut()).ok();

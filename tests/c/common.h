@@ -32,7 +32,7 @@ static inline sh_entry_fn open_library(const char *path) {
 
 /* A contiguous f32 view in main memory. */
 static inline sh_view view_of(float *values, int32_t ndim, int64_t *shape, uint32_t flags) {
-  return (sh_view){sizeof(sh_view), flags, {values, {SH_DEVICE_CPU, 0}, ndim, {2, 32, 1}, shape, NULL, 0}, NULL};
+  return (sh_view){sizeof(sh_view), flags, {values, {SH_DEVICE_CPU, 0}, ndim, {SH_DTYPE_FLOAT, 32, 1}, shape, NULL, 0}, NULL};
 }
 
 static inline void host_log(const sh_host *host, int32_t level, sh_string message) {

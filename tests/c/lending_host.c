@@ -172,7 +172,7 @@ static const sh_plugin *begin(const sh_entry *entry, const sh_host *host, const 
   sh_model model = {.struct_size = sizeof(model), .prediction = SH_PREDICTION_EPSILON, .family = string("sd1"),
                     .unet_in_channels = 4, .latent_channels = 4, .alphas_cumprod = alphas, .alphas_cumprod_count = 3,
                     .unet_config = string(unet)};
-  ok(plugin->prepare(plugin, &model, (DLDevice){SH_DEVICE_CPU, 0}, &error), "prepare");
+  ok(plugin->prepare(plugin, &model, (sh_device){SH_DEVICE_CPU, 0}, &error), "prepare");
   sh_view context = view(find(tensors, count, "context"), SH_VIEW_READ_ONLY);
   sh_view pooled = view(find(tensors, count, "pooled"), SH_VIEW_READ_ONLY);
   sh_text given = {.struct_size = sizeof(given), .context = &context, .pooled = &pooled};

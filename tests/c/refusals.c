@@ -113,7 +113,7 @@ static void creating(const char *good, const char *broken) {
                "cancelled is NULL");
   expect(plugin == &untouched, "a failed create leaves the pointer");
 
-  DLDevice cpu = {SH_DEVICE_CPU, 0};
+  sh_device cpu = {SH_DEVICE_CPU, 0};
   sh_model model = {sizeof(model), SH_PREDICTION_EPSILON, string("sd1"), 4, 4, NULL, 0, string("")};
   plugin = create(broken);
   REFUSED(plugin->prepare(plugin, &model, cpu, &error), SH_NOT_FOUND, "/nowhere/model");
@@ -123,7 +123,7 @@ static void creating(const char *good, const char *broken) {
 
 /* Leaves the plugin prepared. */
 static void preparing(const sh_plugin *plugin) {
-  DLDevice cpu = {SH_DEVICE_CPU, 0}, cuda = {SH_DEVICE_CUDA, 0}, unknown = {77, 0};
+  sh_device cpu = {SH_DEVICE_CPU, 0}, cuda = {SH_DEVICE_CUDA, 0}, unknown = {77, 0};
   sh_model model = {sizeof(model), SH_PREDICTION_EPSILON, string("sd1"), 4, 4, NULL, 0, string("")};
   sh_needs needs = {sizeof(needs), 0, {NULL, 0}};
   REFUSED(plugin->needs(plugin, &needs, &error), SH_INVALID_STATE, "CREATED");
@@ -173,7 +173,7 @@ static void beginning(const sh_plugin *plugin) {
   run.text = &text;
   ok(plugin->begin(plugin, &run, &error), "begin");
   REFUSED(plugin->begin(plugin, &run, &error), SH_INVALID_STATE, "RUNNING");
-  DLDevice cpu = {SH_DEVICE_CPU, 0};
+  sh_device cpu = {SH_DEVICE_CPU, 0};
   REFUSED(plugin->prepare(plugin, NULL, cpu, &error), SH_INVALID_STATE, "RUNNING");
 }
 

@@ -61,7 +61,7 @@ static uint16_t float_to_half(float value) {
   return (uint16_t)(sign | (steps + ((uint32_t)(exponent + 13) << 10)));
 }
 
-static float load(const DLTensor *tensor, const char *element) {
+static float load(const sh_tensor *tensor, const char *element) {
   uint32_t bits = 0;
   float value;
   if (tensor->dtype.bits == 32) {
@@ -76,7 +76,7 @@ static float load(const DLTensor *tensor, const char *element) {
   return value;
 }
 
-static void store(const DLTensor *tensor, char *element, float value) {
+static void store(const sh_tensor *tensor, char *element, float value) {
   uint32_t bits;
   if (tensor->dtype.bits == 32) {
     memcpy(element, &value, 4);
@@ -89,7 +89,7 @@ static void store(const DLTensor *tensor, char *element, float value) {
 }
 
 /* The address of element (b, i), i counting row-major within item b. */
-static char *at(const DLTensor *tensor, int64_t b, int64_t i) {
+static char *at(const sh_tensor *tensor, int64_t b, int64_t i) {
   int64_t index[4] = {b, i / (tensor->shape[2] * tensor->shape[3]), i / tensor->shape[3] % tensor->shape[2],
                       i % tensor->shape[3]};
   int64_t offset = 0, stride = 1;
@@ -102,7 +102,7 @@ static char *at(const DLTensor *tensor, int64_t b, int64_t i) {
 
 static sh_status check_view(const struct tiny *tiny, const sh_view *view, const char *name, sh_error *error) {
   if (view == NULL || view->struct_size < sizeof(sh_view)) return fail(error, SH_INVALID_ARGUMENT, "%s: no view", name);
-  const DLTensor *tensor = &view->tensor;
+  const sh_tensor *tensor = &view->tensor;
   if (view->flags & ~SH_VIEW_READ_ONLY) return fail(error, SH_INVALID_ARGUMENT, "%s: unknown flags", name);
   if (tensor->device.device_type != SH_DEVICE_CPU) return fail(error, SH_UNSUPPORTED, "%s: not on the CPU", name);
   int wide = tensor->dtype.code == 2 && tensor->dtype.bits == 32;
@@ -136,7 +136,7 @@ static struct tiny *lock(const sh_plugin *plugin, const char *call, int legal, s
 
 static void destroy(const sh_plugin *plugin) { free(plugin->instance); }
 
-static sh_status prepare(const sh_plugin *plugin, const sh_model *model, DLDevice device, sh_error *error) {
+static sh_status prepare(const sh_plugin *plugin, const sh_model *model, sh_device device, sh_error *error) {
   sh_status status;
   struct tiny *tiny = lock(plugin, "prepare", 1 << CREATED | 1 << PREPARED, error, &status);
   if (tiny == NULL) return status;
@@ -182,7 +182,7 @@ static sh_status begin(const sh_plugin *plugin, const sh_run *run, sh_error *err
 }
 
 /* Scales one item, or leaves it when a number would not be finite. */
-static sh_item_report scale(float strength, const DLTensor *from, const DLTensor *to, int64_t b) {
+static sh_item_report scale(float strength, const sh_tensor *from, const sh_tensor *to, int64_t b) {
   sh_item_report item = {SH_OK, NAN, NAN, 0};
   int64_t count = from->shape[1] * from->shape[2] * from->shape[3];
   double norm = 0;

@@ -1,4 +1,4 @@
-//! DLPack's structs.
+//! DLPack's structs, under the header's names.
 
 use std::ffi::c_void;
 
@@ -6,7 +6,7 @@ use super::layout::{c_constants, c_structs};
 
 c_structs! {
     /// Where data is.
-    pub struct DLDevice {
+    pub struct sh_device {
         /// `SH_DEVICE_*`, DLPack's `DLDeviceType`.
         pub device_type: i32,
         /// Ordinal of the device; 0 for the CPU.
@@ -14,8 +14,8 @@ c_structs! {
     }
 
     /// Element type.
-    pub struct DLDataType {
-        /// 0 int, 1 unsigned, 2 float, 4 bfloat.
+    pub struct sh_dtype {
+        /// `SH_DTYPE_*`, DLPack's `DLDataTypeCode`.
         pub code: u8,
         /// Bits of an element.
         pub bits: u8,
@@ -24,15 +24,15 @@ c_structs! {
     }
 
     /// A tensor without an owner.
-    pub struct DLTensor {
+    pub struct sh_tensor {
         /// Start of the memory.
         pub data: *mut c_void,
         /// Where `data` is.
-        pub device: DLDevice,
+        pub device: sh_device,
         /// Number of dimensions.
         pub ndim: i32,
         /// Element type.
-        pub dtype: DLDataType,
+        pub dtype: sh_dtype,
         /// `ndim` extents.
         pub shape: *mut i64,
         /// `ndim` strides in elements; null: row-major and contiguous.
@@ -47,4 +47,8 @@ c_constants! {
     pub const SH_DEVICE_CPU: i32 = 1;
     /// A CUDA device.
     pub const SH_DEVICE_CUDA: i32 = 2;
+    /// IEEE 754.
+    pub const SH_DTYPE_FLOAT: i32 = 2;
+    /// bfloat16.
+    pub const SH_DTYPE_BFLOAT: i32 = 4;
 }

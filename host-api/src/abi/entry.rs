@@ -8,9 +8,9 @@ use super::view::sh_string;
 
 c_constants! {
     /// Major version of the interface.
-    pub const SH_ABI_MAJOR: u32 = 0;
+    pub const SH_ABI_MAJOR: u32 = 1;
     /// Minor version of the interface.
-    pub const SH_ABI_MINOR: u32 = 3;
+    pub const SH_ABI_MINOR: u32 = 0;
     strings {
         /// The one symbol that a plugin library exports.
         pub const SH_ENTRY_SYMBOL = "sampler_hook_entry";

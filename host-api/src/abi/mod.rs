@@ -16,7 +16,7 @@ mod report;
 mod sampling;
 mod view;
 
-pub use dlpack::{DLDataType, DLDevice, DLTensor, SH_DEVICE_CPU, SH_DEVICE_CUDA};
+pub use dlpack::*;
 pub use entry::*;
 pub use error::*;
 pub use ext::gradient::*;

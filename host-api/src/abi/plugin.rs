@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::dlpack::DLDevice;
+use super::dlpack::sh_device;
 use super::error::{sh_error, sh_status};
 use super::layout::{c_constants, c_structs};
 use super::report::sh_report;
@@ -42,7 +42,7 @@ c_structs! {
         /// Ends the instance.
         pub destroy: Option<unsafe extern "C" fn(*const sh_plugin)>,
         /// Fits the plugin to a model.
-        pub prepare: Option<unsafe extern "C" fn(*const sh_plugin, *const sh_model, DLDevice, *mut sh_error) -> sh_status>,
+        pub prepare: Option<unsafe extern "C" fn(*const sh_plugin, *const sh_model, sh_device, *mut sh_error) -> sh_status>,
         /// What begin and step will ask of the host.
         pub needs: Option<unsafe extern "C" fn(*const sh_plugin, *mut sh_needs, *mut sh_error) -> sh_status>,
         /// Starts a run.

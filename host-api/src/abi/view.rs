@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_void};
 
-use super::dlpack::DLTensor;
+use super::dlpack::sh_tensor;
 use super::layout::{c_constants, c_structs};
 
 c_structs! {
@@ -21,7 +21,7 @@ c_structs! {
         /// `SH_VIEW_*`.
         pub flags: u32,
         /// The tensor.
-        pub tensor: DLTensor,
+        pub tensor: sh_tensor,
         /// CUDA stream; null on the CPU.
         pub stream: *mut c_void,
     }

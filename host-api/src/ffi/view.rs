@@ -2,21 +2,21 @@
 
 use std::ptr;
 
-use crate::abi::{DLDataType, DLDevice, DLTensor, SH_DEVICE_CPU, SH_DEVICE_CUDA, SH_VIEW_READ_ONLY, sh_view};
+use crate::abi::{SH_DEVICE_CPU, SH_DEVICE_CUDA, SH_VIEW_READ_ONLY, sh_device, sh_dtype, sh_tensor, sh_view};
 use crate::error::{Error, Result, Status};
 use crate::ffi;
 use crate::types::Device;
 use crate::view::{Dtype, Layout, MAX_DIMS, Memory, Reach, View, ViewMut};
 
-fn dtype_to_raw(dtype: Dtype) -> DLDataType {
+fn dtype_to_raw(dtype: Dtype) -> sh_dtype {
     match dtype {
-        Dtype::F32 => DLDataType { code: 2, bits: 32, lanes: 1 },
-        Dtype::F16 => DLDataType { code: 2, bits: 16, lanes: 1 },
-        Dtype::Bf16 => DLDataType { code: 4, bits: 16, lanes: 1 },
+        Dtype::F32 => sh_dtype { code: 2, bits: 32, lanes: 1 },
+        Dtype::F16 => sh_dtype { code: 2, bits: 16, lanes: 1 },
+        Dtype::Bf16 => sh_dtype { code: 4, bits: 16, lanes: 1 },
     }
 }
 
-fn dtype_from_raw(dtype: DLDataType, what: &str) -> Result<Dtype> {
+fn dtype_from_raw(dtype: sh_dtype, what: &str) -> Result<Dtype> {
     match (dtype.code, dtype.bits, dtype.lanes) {
         (2, 32, 1) => Ok(Dtype::F32),
         (2, 16, 1) => Ok(Dtype::F16),
@@ -33,7 +33,7 @@ pub(crate) fn empty() -> sh_view {
     sh_view {
         struct_size: ffi::struct_size::<sh_view>(),
         flags: 0,
-        tensor: DLTensor {
+        tensor: sh_tensor {
             data: ptr::null_mut(),
             device: device_to_raw(Device::Cpu),
             ndim: 0,
@@ -47,15 +47,15 @@ pub(crate) fn empty() -> sh_view {
 }
 
 /// The device of the interface.
-pub(crate) fn device_to_raw(device: Device) -> DLDevice {
+pub(crate) fn device_to_raw(device: Device) -> sh_device {
     match device {
-        Device::Cpu => DLDevice { device_type: SH_DEVICE_CPU, device_id: 0 },
-        Device::Cuda(ordinal) => DLDevice { device_type: SH_DEVICE_CUDA, device_id: ordinal as i32 },
+        Device::Cpu => sh_device { device_type: SH_DEVICE_CPU, device_id: 0 },
+        Device::Cuda(ordinal) => sh_device { device_type: SH_DEVICE_CUDA, device_id: ordinal as i32 },
     }
 }
 
 /// The device that the host names.
-pub(crate) fn device_from_raw(device: DLDevice) -> Result<Device> {
+pub(crate) fn device_from_raw(device: sh_device) -> Result<Device> {
     match device.device_type {
         SH_DEVICE_CPU => Ok(Device::Cpu),
         SH_DEVICE_CUDA => usize::try_from(device.device_id)
@@ -74,7 +74,7 @@ fn to_raw(base: *const u8, layout: &Layout, memory: Memory, flags: u32) -> sh_vi
     sh_view {
         struct_size: ffi::struct_size::<sh_view>(),
         flags,
-        tensor: DLTensor {
+        tensor: sh_tensor {
             data: base.cast_mut().cast(),
             device: device_to_raw(memory.device()),
             ndim: layout.ndim as i32,

@@ -5,7 +5,7 @@ use std::path::Path;
 use abi_stable::library::{LibraryError, RawLibrary, lib_header_from_raw_library};
 
 use super::library::Door;
-use crate::abi::{SH_ABI_MAJOR, SH_ABI_MINOR, SH_ENTRY_SYMBOL, sh_entry, sh_entry_fn};
+use crate::abi::{SH_ABI_MAJOR, SH_ENTRY_SYMBOL, sh_entry, sh_entry_fn};
 use crate::error::{Error, Result, Status};
 use crate::export::SamplerHookRef;
 
@@ -64,11 +64,13 @@ fn c_door(library: &'static RawLibrary) -> Result<&'static sh_entry> {
     Ok(unsafe { &*entry })
 }
 
-/// Versions and functions of a table. While the major is 0 the minor has to be the same.
+/// Version and functions of a table. Any minor will do: what it adds is found by sizes and extensions.
 fn check(entry: &'static sh_entry) -> Result<&'static sh_entry> {
-    let (major, minor) = (entry.abi_major, entry.abi_minor);
-    if (major, minor) != (SH_ABI_MAJOR, SH_ABI_MINOR) {
-        let message = format!("the library speaks draft {major}.{minor}, this host {SH_ABI_MAJOR}.{SH_ABI_MINOR}");
+    if entry.abi_major != SH_ABI_MAJOR {
+        let message = format!(
+            "the library was asked for version {SH_ABI_MAJOR} of the interface and gave version {}",
+            entry.abi_major
+        );
         return Err(Error::new(Status::Unsupported, message));
     }
     if (entry.struct_size as usize) < size_of::<sh_entry>() || entry.descriptor.is_none() || entry.create.is_none() {

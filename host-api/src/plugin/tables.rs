@@ -8,7 +8,7 @@ use super::instance::{Instance, State};
 use super::step::{StepArguments, step as run_step};
 use super::{extensions, instance, reach, split};
 use crate::abi::{
-    DLDevice, SH_PLUGIN_LORA, SH_PLUGIN_PARAMS, SH_PLUGIN_SPLIT, sh_error, sh_model, sh_needs, sh_plugin, sh_report,
+    SH_PLUGIN_LORA, SH_PLUGIN_PARAMS, SH_PLUGIN_SPLIT, sh_device, sh_error, sh_model, sh_needs, sh_plugin, sh_report,
     sh_run, sh_status, sh_step, sh_string, sh_view,
 };
 use crate::error::{Error, Result, Status};
@@ -95,7 +95,7 @@ unsafe extern "C" fn destroy<P: Plugin>(plugin: *const sh_plugin) {
 unsafe extern "C" fn prepare<P: Plugin>(
     plugin: *const sh_plugin,
     model: *const sh_model,
-    device: DLDevice,
+    device: sh_device,
     error: *mut sh_error,
 ) -> sh_status {
     let call = |instance: &Instance<P>| {

@@ -130,7 +130,7 @@ impl Raw {
     }
 
     pub fn prepare(&self, model: *const sh_model) -> Outcome {
-        call!(self, prepare, model, DLDevice { device_type: SH_DEVICE_CPU, device_id: 0 })
+        call!(self, prepare, model, sh_device { device_type: SH_DEVICE_CPU, device_id: 0 })
     }
 
     pub fn needs(&self, needs: *mut sh_needs) -> Outcome {
@@ -221,11 +221,11 @@ pub fn view(data: *mut f32, shape: &mut [i64]) -> sh_view {
     sh_view {
         struct_size: size_of::<sh_view>() as u32,
         flags: 0,
-        tensor: DLTensor {
+        tensor: sh_tensor {
             data: data.cast(),
-            device: DLDevice { device_type: SH_DEVICE_CPU, device_id: 0 },
+            device: sh_device { device_type: SH_DEVICE_CPU, device_id: 0 },
             ndim: shape.len() as i32,
-            dtype: DLDataType { code: 2, bits: 32, lanes: 1 },
+            dtype: sh_dtype { code: 2, bits: 32, lanes: 1 },
             shape: shape.as_mut_ptr(),
             strides: ptr::null_mut(),
             byte_offset: 0,
