@@ -233,6 +233,7 @@ typedef struct sh_item_report {
   float correction_norm; /* L2 norm of what was added to the item's latents (VP); 0 when nothing was */
 } sh_item_report;
 
+/* A reader treats an outcome that it does not know as skipped. */
 #define SH_CORRECTED 1              /* at least one item was corrected */
 #define SH_SKIPPED_STRENGTH 2       /* the strength is zero */
 #define SH_SKIPPED_RANGE 3          /* outside the share of steps that is corrected */

@@ -23,8 +23,8 @@ from ctypes import (
 )
 from typing import Any
 
-SH_ABI_MAJOR = 0
-SH_ABI_MINOR = 3
+SH_ABI_MAJOR = 1
+SH_ABI_MINOR = 0
 SH_ENTRY_SYMBOL = "sampler_hook_entry"
 
 SH_OK = 0
@@ -48,6 +48,8 @@ SH_ERROR_MESSAGE_SIZE = 512
 
 SH_DEVICE_CPU = 1
 SH_DEVICE_CUDA = 2
+SH_DTYPE_FLOAT = 2
+SH_DTYPE_BFLOAT = 4
 SH_VIEW_READ_ONLY = 1
 
 SH_LOG_ERROR = 1
@@ -98,20 +100,20 @@ class sh_string(Structure):
     _fields_ = [("data", c_void_p), ("size", c_uint64)]
 
 
-class DLDevice(Structure):
+class sh_device(Structure):
     _fields_ = [("device_type", c_int32), ("device_id", c_int32)]
 
 
-class DLDataType(Structure):
+class sh_dtype(Structure):
     _fields_ = [("code", c_uint8), ("bits", c_uint8), ("lanes", c_uint16)]
 
 
-class DLTensor(Structure):
+class sh_tensor(Structure):
     _fields_ = [
         ("data", c_void_p),
-        ("device", DLDevice),
+        ("device", sh_device),
         ("ndim", c_int32),
-        ("dtype", DLDataType),
+        ("dtype", sh_dtype),
         ("shape", POINTER(c_int64)),
         ("strides", POINTER(c_int64)),
         ("byte_offset", c_uint64),
@@ -119,7 +121,7 @@ class DLTensor(Structure):
 
 
 class sh_view(Structure):
-    _fields_ = [("struct_size", c_uint32), ("flags", c_uint32), ("tensor", DLTensor), ("stream", c_void_p)]
+    _fields_ = [("struct_size", c_uint32), ("flags", c_uint32), ("tensor", sh_tensor), ("stream", c_void_p)]
 
 
 # Hosts, plugins and tables are passed as plain addresses: what they point to has its type below.
@@ -220,7 +222,7 @@ class sh_plugin(Structure):
         ("reserved", c_uint32),
         ("instance", c_void_p),
         ("destroy", CFUNCTYPE(None, c_void_p)),
-        ("prepare", CFUNCTYPE(c_int32, c_void_p, POINTER(sh_model), DLDevice, _error)),
+        ("prepare", CFUNCTYPE(c_int32, c_void_p, POINTER(sh_model), sh_device, _error)),
         ("needs", CFUNCTYPE(c_int32, c_void_p, POINTER(sh_needs), _error)),
         ("begin", CFUNCTYPE(c_int32, c_void_p, POINTER(sh_run), _error)),
         ("step", CFUNCTYPE(c_int32, c_void_p, POINTER(sh_step), _view, _view, POINTER(sh_report), _error)),

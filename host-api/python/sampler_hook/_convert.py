@@ -23,13 +23,13 @@ def read_string(string: sh_string) -> str:
     return ctypes.string_at(string.data, string.size).decode("utf-8", "replace") if string.size else ""
 
 
-def device_of(device: Any) -> _abi.DLDevice:
+def device_of(device: Any) -> _abi.sh_device:
     """`"cpu"`, `"cuda"` or `"cuda:N"`, or what prints like one of them, as `torch.device` does."""
     kind, _, number = str(device).partition(":")
     if kind == "cpu" and number in ("", "0"):
-        return _abi.DLDevice(_abi.SH_DEVICE_CPU, 0)
+        return _abi.sh_device(_abi.SH_DEVICE_CPU, 0)
     if kind == "cuda" and (not number or number.isdecimal()):
-        return _abi.DLDevice(_abi.SH_DEVICE_CUDA, int(number or 0))
+        return _abi.sh_device(_abi.SH_DEVICE_CUDA, int(number or 0))
     raise InvalidArgumentError(f"device {str(device)!r}: expected cpu, cuda or cuda:N")
 
 

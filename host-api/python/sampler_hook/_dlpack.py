@@ -7,7 +7,7 @@ import sys
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import Any
 
-from ._abi import DLTensor
+from ._abi import sh_tensor
 
 READ_ONLY = 1
 """`DLPACK_FLAG_BITMASK_READ_ONLY`."""
@@ -19,7 +19,7 @@ _MAX_VERSION = (1, 0)
 class DLManagedTensor(Structure):
     """Up to DLPack 0.8."""
 
-    _fields_ = [("dl_tensor", DLTensor), ("manager_ctx", c_void_p), ("deleter", c_void_p)]
+    _fields_ = [("dl_tensor", sh_tensor), ("manager_ctx", c_void_p), ("deleter", c_void_p)]
 
 
 class DLManagedTensorVersioned(Structure):
@@ -31,7 +31,7 @@ class DLManagedTensorVersioned(Structure):
         ("manager_ctx", c_void_p),
         ("deleter", c_void_p),
         ("flags", c_uint64),
-        ("dl_tensor", DLTensor),
+        ("dl_tensor", sh_tensor),
     ]
 
 
@@ -58,7 +58,7 @@ def capsule_of(tensor: Any, stream: int | None) -> object:
         return tensor.__dlpack__(**arguments)
 
 
-def tensor_of(capsule: object) -> tuple[DLTensor, bool]:
+def tensor_of(capsule: object) -> tuple[sh_tensor, bool]:
     """What a capsule holds, valid while the capsule lives, and whether it is read-only."""
     address = id(capsule)
     if _is_valid(address, _VERSIONED):
@@ -82,7 +82,7 @@ _destructor = ctypes.PYFUNCTYPE(None, c_void_p)(_drop_capsule)
 _destructor_address = ctypes.cast(_destructor, c_void_p).value
 
 
-def export(tensor: DLTensor, versioned: bool, *, copy_from: int | None = None, size: int = 0, flags: int = 0) -> object:
+def export(tensor: sh_tensor, versioned: bool, *, copy_from: int | None = None, size: int = 0, flags: int = 0) -> object:
     """A capsule of `tensor`. With `copy_from`, `size` bytes from that address on are copied, and the tensor's address
     moves along with them; without, the capsule only points to the memory.
 
@@ -101,7 +101,7 @@ def export(tensor: DLTensor, versioned: bool, *, copy_from: int | None = None, s
     shape, strides = block + header, block + header + extents
     ctypes.memmove(shape, tensor.shape, extents)
     ctypes.memmove(strides, tensor.strides, extents)
-    ctypes.memmove(byref(managed.dl_tensor), byref(tensor), ctypes.sizeof(DLTensor))
+    ctypes.memmove(byref(managed.dl_tensor), byref(tensor), ctypes.sizeof(sh_tensor))
     managed.dl_tensor.shape = ctypes.cast(shape, POINTER(c_int64))
     managed.dl_tensor.strides = ctypes.cast(strides, POINTER(c_int64))
     managed.deleter = _free_address

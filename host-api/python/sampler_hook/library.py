@@ -24,7 +24,6 @@ LIBRARY_VARIABLE = "SAMPLER_HOOK_LIBRARY"
 """The environment variable that names a library to use in place of the one that came with this package."""
 CUDA_LIBRARY_VARIABLE = "SAMPLER_HOOK_CUDA_LIBRARY"
 """The same for the library that computes on CUDA."""
-_DRAFTS = ((0, 2), (0, 3))
 
 
 def _file_name(stem: str) -> str:
@@ -51,9 +50,8 @@ class Library:
             raise UnsupportedError(f"{self.path} does not speak version {_abi.SH_ABI_MAJOR} of the interface")
         self._entry: sh_entry = entry.contents
         major, minor = self.abi
-        # Drafts promise nothing to each other; from 1.0 on a major's minors only add to it.
-        spoken = self.abi in _DRAFTS if major == 0 else major == _abi.SH_ABI_MAJOR
-        if not spoken or self._entry.struct_size < ctypes.sizeof(sh_entry):
+        # A major's minors only add to it.
+        if major != _abi.SH_ABI_MAJOR or self._entry.struct_size < ctypes.sizeof(sh_entry):
             own = f"{_abi.SH_ABI_MAJOR}.{_abi.SH_ABI_MINOR}"
             raise UnsupportedError(f"{self.path} speaks interface {major}.{minor}, this package {own}")
         self.descriptors: tuple[Descriptor, ...] = tuple(map(self._descriptor, range(self._entry.plugin_count)))

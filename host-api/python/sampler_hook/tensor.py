@@ -10,7 +10,7 @@ from ctypes import POINTER, c_int64, sizeof
 from typing import Any, Protocol, runtime_checkable
 
 from . import _abi, _dlpack
-from ._abi import DLTensor, sh_view
+from ._abi import sh_tensor, sh_view
 from .errors import DtypeMismatchError, InvalidArgumentError, ShapeMismatchError, UnsupportedError
 
 _DTYPES = {(2, 32): "f32", (2, 16): "f16", (4, 16): "bf16"}
@@ -38,7 +38,7 @@ class Tensor:
     """
 
     def __init__(self, view: sh_view, is_lent: Callable[[], bool]) -> None:
-        raw = DLTensor()
+        raw = sh_tensor()
         ctypes.pointer(raw)[0] = view.tensor  # what the view points to is the other side's, and so is the view
         self._is_lent = is_lent
         self._stream: int | None = view.stream
@@ -89,9 +89,9 @@ class Tensor:
         _order_stream(self._stream, stream, self._raw.device.device_id)
         return _dlpack.export(tensor, versioned)
 
-    def _described(self) -> DLTensor:
+    def _described(self) -> sh_tensor:
         """The same tensor with strides and no offset. Its arrays live as long as it."""
-        described = DLTensor()
+        described = sh_tensor()
         ctypes.pointer(described)[0] = self._raw
         extents = c_int64 * len(self.shape)
         described.shape = ctypes.cast(extents(*self.shape), POINTER(c_int64))
@@ -110,7 +110,7 @@ class Tensor:
         return start + low * self._itemsize, (high - low + 1) * self._itemsize
 
 
-def _strides(raw: DLTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _strides(raw: sh_tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     if raw.strides:
         return tuple(raw.strides[axis] for axis in range(raw.ndim))
     strides, step = [], 1
@@ -247,7 +247,7 @@ def assign(target: sh_view, value: Any, what: str) -> None:
             raise UnsupportedError(f"{what} goes to {lent.device}: expected a tensor of PyTorch")
         torch.from_dlpack(lent).copy_(value.detach())
         return
-    if lent.dtype != "f32" or lent.strides != _strides(DLTensor(), lent.shape):
+    if lent.dtype != "f32" or lent.strides != _strides(sh_tensor(), lent.shape):
         raise UnsupportedError(f"{what} goes to {lent}, strides {lent.strides}; expected contiguous f32")
     if torch is not None:
         value = value.detach().to(device="cpu", dtype=torch.float32).contiguous()
