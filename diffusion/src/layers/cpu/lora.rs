@@ -1,7 +1,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::product::{Matrix, Product};
+use super::product::{Before, Matrix, product};
 use super::{Values, tensor};
 use crate::Result;
 
@@ -27,10 +27,16 @@ pub(crate) fn lora_vjp(x: &Tensor, dy: &Tensor, down: &Tensor, up: &Tensor) -> R
     let (down_matrix, up_matrix) = (Matrix::new(&downs, inputs), Matrix::new(&ups, rank));
     let part = |(x, dy): (&[f32], &[f32])| {
         let (x, dy) = (Matrix::new(x, inputs), Matrix::new(dy, outputs));
-        let narrow = Product::new(x, down_matrix.t()).compute();
-        let narrow_dy = Product::new(dy, up_matrix).compute();
-        let d_down = Product::new(Matrix::new(&narrow_dy, rank).t(), x).compute();
-        let d_up = Product::new(dy.t(), Matrix::new(&narrow, rank)).compute();
+        let multiplied = |count: usize, a: Matrix, b: Matrix| {
+            let mut y = vec![0f32; count];
+            product(&mut y, Before::Replaced, 1., a, b);
+            y
+        };
+        let of_block = x.rows() * rank;
+        let narrow = multiplied(of_block, x, down_matrix.t());
+        let narrow_dy = multiplied(of_block, dy, up_matrix);
+        let d_down = multiplied(rank * inputs, Matrix::new(&narrow_dy, rank).t(), x);
+        let d_up = multiplied(outputs * rank, dy.t(), Matrix::new(&narrow, rank));
         (d_down, d_up)
     };
     let blocks = xs.par_chunks(ROWS * inputs).zip(dys.par_chunks(ROWS * outputs));

@@ -4,6 +4,8 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
+use super::{LEAST, rows_at_once};
+
 /// `count` values in pieces of `piece` values, the last of which may be shorter: `write` gets each one's number and place, zeros
 /// until it writes there. At least `least` pieces are one task.
 pub(super) fn by_pieces(
@@ -23,6 +25,16 @@ pub(super) fn by_pieces(
     // SAFETY: the pieces are all values, and each was filled.
     unsafe { values.set_len(count) };
     values
+}
+
+/// The same values elsewhere.
+pub(super) fn copied(values: &[f32]) -> Vec<f32> {
+    by_pieces(values.len(), LEAST, 1, |piece, y| y.copy_from_slice(&values[piece * LEAST..][..y.len()]))
+}
+
+/// A row as often as it is asked for.
+pub(super) fn repeated(row: &[f32], rows: usize) -> Vec<f32> {
+    by_pieces(rows * row.len(), row.len(), rows_at_once(row.len()), |_, y| y.copy_from_slice(row))
 }
 
 /// A pointer that tasks share to write disjoint parts.

@@ -7,7 +7,7 @@ use super::super::exp::exp_vector;
 use super::super::product::{Before, Matrix};
 use super::super::simd::Vectors;
 pub(super) use super::super::tile::panels as panels_of;
-use super::super::tile::{ROWS, Strides, Tile};
+use super::super::tile::{ROWS, Tile};
 
 /// Queries of a block: a multiple of a tile's rows and of every vector's lanes.
 pub(super) const QUERIES: usize = 96;
@@ -76,8 +76,7 @@ impl Block {
                 unsafe {
                     let (a, b) = (keys.as_ptr().add(row * width), queries.as_ptr().add(first * width));
                     let c = scores.as_mut_ptr().add(row * QUERIES + first);
-                    let before = Before::Replaced;
-                    let tile = Tile { depth: width, a, a_strides: Strides::PANEL, b, c, stride: QUERIES, before };
+                    let tile = Tile { depth: width, a, b, c, stride: QUERIES, before: Before::Replaced };
                     tile.multiply(simd, columns);
                 }
             }
@@ -148,8 +147,8 @@ impl Block {
                 unsafe {
                     let b = values.as_ptr().add(first * of + first_key * columns);
                     let (a, c) = (scores.as_ptr().add(row), out.as_mut_ptr().add(row * stride + first));
-                    let tile = Tile { depth: self.keys, a, a_strides: Strides::new(1, QUERIES), b, c, stride, before };
-                    tile.multiply(simd, columns);
+                    let tile = Tile { depth: self.keys, a, b, c, stride, before };
+                    tile.multiply_by::<S, 1, QUERIES>(simd, columns);
                 }
             }
         }
@@ -176,9 +175,8 @@ impl Block {
                 unsafe {
                     let (a, b) = (scores.as_ptr().add(row * QUERIES), values.as_ptr().add(first * self.queries));
                     let c = out.as_mut_ptr().add(row * stride + first);
-                    let (a_strides, before) = (Strides::new(QUERIES, 1), Before::AddedTo);
-                    let tile = Tile { depth: self.queries, a, a_strides, b, c, stride, before };
-                    tile.multiply(simd, columns);
+                    let tile = Tile { depth: self.queries, a, b, c, stride, before: Before::AddedTo };
+                    tile.multiply_by::<S, QUERIES, 1>(simd, columns);
                 }
             }
         }

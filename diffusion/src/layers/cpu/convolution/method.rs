@@ -11,7 +11,7 @@ use super::super::LEAST;
 use super::super::memory::{Shared, written};
 use super::super::product::Before;
 use super::super::simd::{lanes, prefetch, widest};
-use super::super::tile::{ROWS, Strides, Tile, VECTORS};
+use super::super::tile::{ROWS, Tile, VECTORS};
 use super::{Convolution, TAPS};
 
 /// Input channels that are multiplied at a time.
@@ -241,9 +241,7 @@ impl<M: Method> WithSimd for Multiply<'_, M> {
                         let (a, b, c) = (a.as_ptr(), b.as_ptr(), sums.as_mut_ptr());
                         // SAFETY: the lengths were looked at; a panel is one vector wide or two.
                         unsafe {
-                            let tile =
-                                Tile { depth: inputs.len(), a, a_strides: Strides::PANEL, b, c, stride: width, before };
-                            tile.multiply(simd, panels.width);
+                            Tile { depth: inputs.len(), a, b, c, stride: width, before }.multiply(simd, panels.width);
                         }
                     }
                 }
