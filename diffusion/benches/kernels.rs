@@ -10,8 +10,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use diffusion::kernels::{
-    AttentionSizes, Convolution, Kernel, attend_heads, attend_heads_vjp, layer_norm_rows, layer_norm_rows_vjp,
-    linear_rows, softmax_rows,
+    AttentionSizes, Convolution, GroupNormSizes, Kernel, attend_heads, attend_heads_vjp, geglu_rows, geglu_rows_vjp,
+    group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_vjp, linear_rows, softmax_rows,
 };
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -177,9 +177,12 @@ fn linear_maps(bench: &Bench) {
         (8192, 320, 320),
         (8192, 320, 2560),
         (2048, 640, 640),
+        (2048, 640, 5120),
         (512, 1280, 1280),
         (256, 1280, 10240),
         (128, 1280, 1280),
+        (64, 5120, 1280),
+        (16, 1280, 10240),
     ] {
         let (inputs, outputs) = (bench.size(inputs), bench.size(outputs));
         let (x, weight, bias) = (numbers(rows * inputs), numbers(outputs * inputs), numbers(outputs));
@@ -217,4 +220,21 @@ fn rows(bench: &Bench) {
         _ = black_box(layer_norm_rows_vjp(&x, &dy, &weight, 1e-5, None))
     });
     bench.row("softmax of rows", Work::Bytes(2 * bytes), || _ = black_box(softmax_rows(&x, width)));
+    let (weight, wide) = (numbers(bench.size(320)), numbers(2 * count * width));
+    let bytes = 4 * wide.len();
+    bench.row("GEGLU", Work::Bytes(bytes + bytes / 2), || _ = black_box(geglu_rows(&wide, width)));
+    bench.row("GEGLU's backward pass", Work::Bytes(2 * bytes + bytes / 2), || {
+        _ = black_box(geglu_rows_vjp(&wide, &x, width))
+    });
+    for silu in [false, true] {
+        let sizes = GroupNormSizes { of_group: weight.len().div_ceil(32), plane: 4096, eps: 1e-5, silu };
+        let images = numbers(2 * weight.len() * sizes.plane);
+        let (name, bytes) = (if silu { "group norm and SiLU" } else { "group norm" }, 4 * images.len());
+        bench.row(&format!("{name}, 2 of 320 channels of 64x64"), Work::Bytes(2 * bytes), || {
+            _ = black_box(group_norm_planes(&images, (&weight, &weight), sizes))
+        });
+        bench.row(&format!("{name}'s backward pass"), Work::Bytes(3 * bytes), || {
+            _ = black_box(group_norm_planes_vjp(&images, &images, (&weight, &weight), sizes, None))
+        });
+    }
 }

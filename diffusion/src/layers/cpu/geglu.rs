@@ -12,9 +12,13 @@ pub(in crate::layers) fn geglu(x: &Tensor) -> Result<Option<Tensor>> {
     let mut shape = x.dims().to_vec();
     let half = x.dim(D::Minus1)? / 2;
     *shape.last_mut().expect("at least one dimension") = half;
-    let xs = &*xs;
-    let row = |row: usize, y: &mut [f32]| geglu_row(&xs[2 * half * row..][..2 * half], y);
-    tensor(by_pieces(xs.len() / 2, half, rows_at_once(half), row), shape).map(Some)
+    tensor(geglu_rows(&xs, half), shape).map(Some)
+}
+
+/// `value * gelu(gate)` of rows `[value | gate]` of twice `half` values.
+pub fn geglu_rows(x: &[f32], half: usize) -> Vec<f32> {
+    let row = |row: usize, y: &mut [f32]| geglu_row(&x[2 * half * row..][..2 * half], y);
+    by_pieces(x.len() / 2, half, rows_at_once(half), row)
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]
@@ -29,11 +33,15 @@ fn geglu_row(x: &[f32], y: &mut [f32]) {
 pub(in crate::layers) fn geglu_vjp(x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
     let (Some(xs), Some(dys)) = (Values::of(x), Values::of(dy)) else { return Ok(None) };
     let half = x.dim(D::Minus1)? / 2;
-    let (xs, dys) = (&*xs, &*dys);
+    tensor(geglu_rows_vjp(&xs, &dys, half), x.shape()).map(Some)
+}
+
+/// The gradient for `x` of [`geglu_rows`] at a cotangent `dy`.
+pub fn geglu_rows_vjp(x: &[f32], dy: &[f32], half: usize) -> Vec<f32> {
     let row = |row: usize, dx: &mut [f32]| {
-        geglu_row_vjp(&xs[2 * half * row..][..2 * half], &dys[half * row..][..half], dx);
+        geglu_row_vjp(&x[2 * half * row..][..2 * half], &dy[half * row..][..half], dx);
     };
-    tensor(by_pieces(xs.len(), 2 * half, rows_at_once(half), row), x.shape()).map(Some)
+    by_pieces(x.len(), 2 * half, rows_at_once(half), row)
 }
 
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2+fma"))]

@@ -26,11 +26,15 @@ pub(super) use attention::{attend, attend_vjp};
 pub use convolution::{Bias, Convolution, Kernel};
 pub(super) use convolution::{conv3x3, conv3x3_vjp};
 pub(super) use geglu::{geglu, geglu_vjp};
+pub use geglu::{geglu_rows, geglu_rows_vjp};
 pub use linear::linear_rows;
 pub(super) use linear::{linear, linear_vjp};
 pub(crate) use lora::lora_vjp;
 pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
-pub use norm::{layer_norm_rows, layer_norm_rows_parameters_vjp, layer_norm_rows_vjp};
+pub use norm::{
+    GroupNormSizes, group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_parameters_vjp,
+    layer_norm_rows_vjp,
+};
 pub(super) use softmax::{softmax, softmax_vjp};
 pub use softmax::{softmax_rows, softmax_rows_vjp};
 pub(super) use transpose::transpose_last;

@@ -45,12 +45,29 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
     else {
         return Ok(None);
     };
-    let (of_group, plane) = (channels / groups, h * w);
-    let n = of_group * plane;
-    let (xs, weight, bias) = (&*xs, &*weight, &*bias);
+    let sizes = GroupNormSizes { of_group: channels / groups, plane: h * w, eps: affine.eps, silu };
+    tensor(group_norm_planes(&xs, (&weight, &bias), sizes), x.shape()).map(Some)
+}
+
+/// Of a group norm, perhaps with a SiLU after it.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct GroupNormSizes {
+    /// Channels of a group.
+    pub of_group: usize,
+    /// Pixels of a channel.
+    pub plane: usize,
+    pub eps: f64,
+    pub silu: bool,
+}
+
+/// `norm(x)`, or `silu(norm(x))`, of channels of `plane` values, in groups; weight and bias `[channels]`.
+pub fn group_norm_planes(xs: &[f32], (weight, bias): (&[f32], &[f32]), sizes: GroupNormSizes) -> Vec<f32> {
+    let GroupNormSizes { of_group, plane, eps, silu } = sizes;
+    let (n, groups) = (of_group * plane, weight.len() / of_group);
     let group = |row: usize, y: &mut [f32]| {
         let x = &xs[row * n..][..n];
-        let (mean, inverse) = statistics(x, affine.eps);
+        let (mean, inverse) = statistics(x, eps);
         let first = row % groups * of_group;
         for (channel, (y, x)) in (first..).zip(y.chunks_mut(plane).zip(x.chunks(plane))) {
             let scale = inverse * weight[channel];
@@ -62,7 +79,7 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
             }
         }
     };
-    tensor(by_pieces(xs.len(), n, rows_at_once(n), group), x.shape()).map(Some)
+    by_pieces(xs.len(), n, rows_at_once(n), group)
 }
 
 /// The gradient for `x` of [`group_norm`] at a cotangent `dy`, plus `added` of its shape.
@@ -78,12 +95,23 @@ pub(in crate::layers) fn group_norm_vjp(
     let Some(added) = to_be_added(added, x) else { return Ok(None) };
     let values = (Values::of(x), Values::of(dy), Values::of(affine.weight), Values::of(affine.bias));
     let (Some(xs), Some(dys), Some(weight), Some(bias)) = values else { return Ok(None) };
-    let (of_group, plane) = (channels / groups, h * w);
-    let n = of_group * plane;
-    let (xs, dys, weight, bias, added) = (&*xs, &*dys, &*weight, &*bias, added.as_deref());
+    let sizes = GroupNormSizes { of_group: channels / groups, plane: h * w, eps: affine.eps, silu };
+    tensor(group_norm_planes_vjp(&xs, &dys, (&weight, &bias), sizes, added.as_deref()), x.shape()).map(Some)
+}
+
+/// The gradient for `x` of [`group_norm_planes`] at a cotangent `dy`, plus `added`.
+pub fn group_norm_planes_vjp(
+    xs: &[f32],
+    dys: &[f32],
+    (weight, bias): (&[f32], &[f32]),
+    sizes: GroupNormSizes,
+    added: Option<&[f32]>,
+) -> Vec<f32> {
+    let GroupNormSizes { of_group, plane, eps, silu } = sizes;
+    let (n, groups) = (of_group * plane, weight.len() / of_group);
     let group = |row: usize, dx: &mut [f32]| {
         let (x, dy) = (&xs[row * n..][..n], &dys[row * n..][..n]);
-        let (mean, inverse) = statistics(x, affine.eps);
+        let (mean, inverse) = statistics(x, eps);
         let first = row % groups * of_group;
         let planes = dx.chunks_mut(plane).zip(x.chunks(plane)).zip(dy.chunks(plane));
         for (channel, ((dx, x), dy)) in (first..).zip(planes) {
@@ -98,7 +126,7 @@ pub(in crate::layers) fn group_norm_vjp(
         }
         normalize_vjp(dx, x, mean, inverse, added.map(|added| &added[row * n..][..n]));
     };
-    tensor(by_pieces(xs.len(), n, rows_at_once(n), group), x.shape()).map(Some)
+    by_pieces(xs.len(), n, rows_at_once(n), group)
 }
 
 /// The values of what is to be added, if anything is; `None` where they are not at hand or not in the shape of `x`.
