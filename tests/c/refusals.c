@@ -129,7 +129,7 @@ static void preparing(const sh_plugin *plugin) {
   REFUSED(plugin->needs(plugin, &needs, &error), SH_INVALID_STATE, "CREATED");
   REFUSED(plugin->end(plugin, &error), SH_INVALID_STATE, "CREATED");
   REFUSED(plugin->prepare(plugin, NULL, cpu, &error), SH_INVALID_ARGUMENT, "model is NULL");
-  REFUSED(plugin->prepare(plugin, &model, cuda, &error), SH_UNSUPPORTED, "Cuda");
+  REFUSED(plugin->prepare(plugin, &model, cuda, &error), SH_UNSUPPORTED, "cuda:0");
   REFUSED(plugin->prepare(plugin, &model, unknown, &error), SH_UNSUPPORTED, "type 77");
   REFUSED_WITH(sh_model, model, struct_size = 8, plugin->prepare(plugin, &bad, cpu, &error), SH_INVALID_ARGUMENT,
                "struct_size 8");
@@ -213,7 +213,7 @@ static void stepping(const sh_plugin *plugin) {
   REFUSED_VIEW(flags = SH_VIEW_READ_ONLY, SH_INVALID_ARGUMENT, "read-only");
   REFUSED_VIEW(tensor.data = NULL, SH_INVALID_ARGUMENT, "data is NULL");
   REFUSED_VIEW(tensor.shape = NULL, SH_INVALID_ARGUMENT, "shape is NULL");
-  REFUSED_VIEW(tensor.device.device_type = SH_DEVICE_CUDA, SH_UNSUPPORTED, "on a CUDA device");
+  REFUSED_VIEW(tensor.device.device_type = SH_DEVICE_CUDA, SH_UNSUPPORTED, "cuda:0");
   REFUSED_VIEW(tensor.device.device_type = 77, SH_UNSUPPORTED, "type 77");
   REFUSED_VIEW(tensor.dtype.bits = 64, SH_DTYPE_MISMATCH, "64 bits");
   REFUSED_VIEW(tensor.dtype.code = 0, SH_DTYPE_MISMATCH, "code 0");

@@ -1,4 +1,4 @@
-"""The wheel and the README: what they say is what one gets."""
+"""The wheel and the READMEs: what they say is what one gets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 from conftest import LIBRARY, ROOT
 
 PACKAGE = ROOT / "host-api" / "python"
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", (PACKAGE / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+READMES = "".join((folder / "README.md").read_text() for folder in (PACKAGE, ROOT))
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", READMES, flags=re.MULTILINE | re.DOTALL)
 
 
 def run(program: str, folder: Path) -> str:
@@ -33,7 +34,7 @@ def run(program: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_the_readmes_examples_run_as_they_are(index: int, tmp_path: Path) -> None:
+def test_the_examples_of_the_readmes_run_as_they_are(index: int, tmp_path: Path) -> None:
     example = EXAMPLES[index]
     for module in ("diffusers", "torch", "transformers"):
         if "diffusers" in example:
