@@ -82,7 +82,9 @@ _destructor = ctypes.PYFUNCTYPE(None, c_void_p)(_drop_capsule)
 _destructor_address = ctypes.cast(_destructor, c_void_p).value
 
 
-def export(tensor: sh_tensor, versioned: bool, *, copy_from: int | None = None, size: int = 0, flags: int = 0) -> object:
+def export(
+    tensor: sh_tensor, versioned: bool, *, copy_from: int | None = None, size: int = 0, flags: int = 0
+) -> object:
     """A capsule of `tensor`. With `copy_from`, `size` bytes from that address on are copied, and the tensor's address
     moves along with them; without, the capsule only points to the memory.
 
