@@ -1,6 +1,6 @@
 """What a MODEL of ComfyUI is, in the interface's terms; models that DPT is not defined for are refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sampler_hook
@@ -27,7 +27,7 @@ def describe(patcher: Any) -> sampler_hook.Model:
         alphas_cumprod=alphas_cumprod(patcher.get_model_object("model_sampling")),
         unet_in_channels=int(config.unet_config["in_channels"]),
         latent_channels=int(patcher.get_model_object("latent_format").latent_channels),
-        unet_config=diffusers_config(config.unet_config, norm_num_groups=unet.out[0].num_groups),
+        unet_config=diffusers_config(config.unet_config, heads_by_level(unet), unet.out[0].num_groups),
     )
 
 
@@ -75,7 +75,19 @@ def timestep(sampling: Any, sigma: float) -> float:
     return float(sampling.timestep(torch.tensor([sigma], dtype=torch.float32, device=device)))
 
 
-def diffusers_config(unet_config: Mapping[str, Any], norm_num_groups: int = 32) -> dict[str, Any]:
+def heads_by_level(unet: Any) -> list[int]:
+    """Attention heads of each level of a U-Net of ComfyUI's, finest first."""
+    heads, block = [], 1
+    for count in unet.num_res_blocks:
+        layers = [layer for entry in unet.input_blocks[block : block + count] for layer in entry]
+        # A level without attention has the middle's, as it would if it had any.
+        layers = [layer for layer in [*layers, *unet.middle_block] if hasattr(layer, "transformer_blocks")]
+        heads.append(layers[0].transformer_blocks[0].attn1.heads)
+        block += count + 1
+    return heads
+
+
+def diffusers_config(unet_config: Mapping[str, Any], heads: Sequence[int], norm_num_groups: int) -> dict[str, Any]:
     """The U-Net's config.json in diffusers' terms."""
     multipliers = list(unet_config["channel_mult"])
     channels = [unet_config["model_channels"] * multiplier for multiplier in multipliers]
@@ -89,7 +101,6 @@ def diffusers_config(unet_config: Mapping[str, Any], norm_num_groups: int = 32) 
     depths = {depth for depth in [*down, *up] if depth > 0}
     if len(depths) != 1:
         raise UnsupportedModel(f"the U-Net has transformers of depths {sorted(depths)}, expected one depth")
-    heads, width = unet_config.get("num_heads", -1), unet_config.get("num_head_channels", -1)
     return {
         "_class_name": "UNet2DConditionModel",
         "in_channels": unet_config["in_channels"],
@@ -100,7 +111,7 @@ def diffusers_config(unet_config: Mapping[str, Any], norm_num_groups: int = 32) 
         "layers_per_block": blocks[0],
         "transformer_layers_per_block": depths.pop(),
         # Named for the width, but diffusers takes it as the number of heads.
-        "attention_head_dim": heads if width == -1 else [count // width for count in channels],
+        "attention_head_dim": list(heads),
         "cross_attention_dim": unet_config["context_dim"],
         "norm_num_groups": norm_num_groups,
         "norm_eps": 1e-5,

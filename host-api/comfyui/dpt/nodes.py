@@ -94,9 +94,11 @@ def apply(
     settings = Settings(chosen, max_correction=max_correction, condition_only=mode == "condition-only", monitor=monitor)
     correction = Correction(dpt, settings)
     patched = model.clone()
-    if any(entry.dpt is dpt for entry in patched.get_attachment(KEY) or ()):
+    before = patched.attachments.get(KEY, ())
+    if any(other.dpt is dpt for other in before):
         raise ValueError("this DPT is applied to the MODEL already: load it twice to correct twice")
-    patched.set_attachments(KEY, (*(patched.get_attachment(KEY) or ()), correction))
+    # Clones with other attachments are other models to ComfyUI, with weights of their own.
+    patched.set_attachments(KEY, (*before, correction))
     entries = [entry for entry in dpt.lora if entry.scale != 0]
     if entries:
         patches = lora.patches(entries, model.model)

@@ -36,10 +36,10 @@ class Correction:
         """Adds the wrappers to a patcher."""
         from comfy.patcher_extension import WrappersMP
 
+        # All of them in every mode: ComfyUI compares the wrappers of two clones by the kinds that the first has.
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "dpt", self.outer_sample)
-        if self.settings.condition_only:
-            patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "dpt", self.calc_cond_batch)
-            patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "dpt", self.diffusion_model)
+        patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "dpt", self.calc_cond_batch)
+        patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "dpt", self.diffusion_model)
 
     def outer_sample(self, executor: Any, noise: torch.Tensor, latent_image: Any, sampler: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Wraps `CFGGuider.outer_sample`: samples with a corrected copy of the sampler."""
@@ -107,7 +107,7 @@ class Correction:
 
     def calc_cond_batch(self, executor: Any, model: Any, conds: list, x_in: torch.Tensor, timestep: torch.Tensor, options: dict) -> list:
         """Wraps `calc_cond_batch`: which of the lists of conditionings is the positive one."""
-        if self._run is None:
+        if self._run is None or not self.settings.condition_only:
             return executor(model, conds, x_in, timestep, options)
         places = [place for place, entries in enumerate(conds) if entries is self._run.guider.conds["positive"]]
         if len(places) != 1:

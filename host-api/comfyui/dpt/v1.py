@@ -3,6 +3,9 @@
 from .fields import Field, Node
 
 
+_NAMES = {"dynamic_prompts": "dynamicPrompts"}
+
+
 def node_class(node: Node) -> type:
     """The class for `NODE_CLASS_MAPPINGS`."""
 
@@ -28,5 +31,6 @@ def node_class(node: Node) -> type:
 
 
 def _input(entry: Field) -> tuple:
-    options = {**entry.options, "tooltip": entry.tooltip}
+    options = {_NAMES.get(name, name): value for name, value in entry.options.items()}
+    options["tooltip"] = entry.tooltip
     return (entry.type if entry.choices is None else entry.choices(), options)
