@@ -1,6 +1,6 @@
 /* sampler_hook.h - a stable C interface between hosts that sample diffusion models and plugins that hook into the steps.
  *
- * DRAFT 0.2: the layout may still change until 1.0, and a library only speaks to a host of the same major AND minor.
+ * DRAFT 0.3: the layout may still change until 1.0, and a library only speaks to a host of the same major AND minor.
  *
  * SPDX-License-Identifier: MIT OR Apache-2.0
  *
@@ -46,7 +46,7 @@ extern "C" {
 #endif
 
 #define SH_ABI_MAJOR 0
-#define SH_ABI_MINOR 2
+#define SH_ABI_MINOR 3
 #define SH_ENTRY_SYMBOL "sampler_hook_entry"
 
 /* ---- Status ------------------------------------------------------------------------------------------------------- */
@@ -435,8 +435,8 @@ typedef struct sh_host_weights {
   uint64_t (*revision)(const sh_host *host);
   /* Number of tensors. [main, sampler] */
   uint64_t (*count)(const sh_host *host);
-  /* The diffusers name of a tensor, such as "conv_in.weight"; valid until destroy. Empty when index >= count. [main, sampler] */
-  sh_string (*name)(const sh_host *host, uint64_t index);
+  /* The diffusers name of a tensor, such as "conv_in.weight", to *name; valid until destroy. May fail. [main, sampler] */
+  sh_status (*name)(const sh_host *host, uint64_t index, sh_string *name, sh_error *error);
   /* A tensor, f32, f16 or bf16. *tensor (caller sets struct_size) is valid until the next call of this function or until the
    * plugin's function returns, whichever is first; NULL: only *revision is asked for. *revision is another number whenever
    * this tensor has changed. May fail. [main, sampler] */

@@ -27,7 +27,7 @@ impl RootModule for SamplerHookRef {
     abi_stable::declare_root_module_statics! {SamplerHookRef}
     const BASE_NAME: &'static str = "sampler_hook";
     const NAME: &'static str = "sampler_hook";
-    const VERSION_STRINGS: VersionStrings = VersionStrings::new("0.2.0");
+    const VERSION_STRINGS: VersionStrings = VersionStrings::new("0.3.0");
 }
 
 /// The symbol that abi_stable looks for, which [`export_plugins!`](crate::export_plugins) has to spell out.

@@ -65,7 +65,7 @@ fn libraries_that_do_not_fit_are_refused_with_a_reason() {
     assert!(error.message.contains("does not export sampler_hook_entry"), "{error}");
     for (name, define, status, part) in [
         ("door_major", "#define SPOKEN 7", Status::Unsupported, "does not speak version 0"),
-        ("door_minor", "#define MINOR 7", Status::Unsupported, "speaks draft 0.7, this host 0.2"),
+        ("door_minor", "#define MINOR 7", Status::Unsupported, "speaks draft 0.7, this host 0.3"),
         ("door_size", "#define SIZE 8", Status::InvalidArgument, "struct_size 8"),
         ("door_create", "#define CREATE 0", Status::InvalidData, "incomplete"),
     ] {

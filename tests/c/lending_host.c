@@ -94,19 +94,22 @@ static uint64_t weights_revision(const sh_host *host) {
 
 static uint64_t weights_count(const sh_host *host) { return lender_of(host)->count; }
 
-static sh_string weights_name(const sh_host *host, uint64_t index) {
+static sh_status no_tensor(uint64_t index, sh_error *error) {
+  error->code = SH_INVALID_ARGUMENT;
+  snprintf(error->message, sizeof(error->message), "no tensor %llu", (unsigned long long)index);
+  return SH_INVALID_ARGUMENT;
+}
+
+static sh_status weights_name(const sh_host *host, uint64_t index, sh_string *name, sh_error *error) {
   struct lender *lender = lender_of(host);
-  if (index >= lender->count) return (sh_string){NULL, 0};
-  return (sh_string){lender->tensors[index].name, strlen(lender->tensors[index].name)};
+  if (index >= lender->count) return no_tensor(index, error);
+  *name = (sh_string){lender->tensors[index].name, strlen(lender->tensors[index].name)};
+  return SH_OK;
 }
 
 static sh_status weights_tensor(const sh_host *host, uint64_t index, sh_view *tensor, uint64_t *revision, sh_error *error) {
   struct lender *lender = lender_of(host);
-  if (index >= lender->count) {
-    error->code = SH_INVALID_ARGUMENT;
-    snprintf(error->message, sizeof(error->message), "no tensor %llu", (unsigned long long)index);
-    return SH_INVALID_ARGUMENT;
-  }
+  if (index >= lender->count) return no_tensor(index, error);
   *revision = 1;
   if (tensor != NULL) {
     *tensor = view_of(&lender->tensors[index], SH_VIEW_READ_ONLY);

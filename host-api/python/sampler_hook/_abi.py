@@ -24,7 +24,7 @@ from ctypes import (
 from typing import Any
 
 SH_ABI_MAJOR = 0
-SH_ABI_MINOR = 2
+SH_ABI_MINOR = 3
 SH_ENTRY_SYMBOL = "sampler_hook_entry"
 
 SH_OK = 0

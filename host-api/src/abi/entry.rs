@@ -10,7 +10,7 @@ c_constants! {
     /// Major version of the interface.
     pub const SH_ABI_MAJOR: u32 = 0;
     /// Minor version of the interface.
-    pub const SH_ABI_MINOR: u32 = 2;
+    pub const SH_ABI_MINOR: u32 = 3;
     strings {
         /// The one symbol that a plugin library exports.
         pub const SH_ENTRY_SYMBOL = "sampler_hook_entry";

@@ -74,9 +74,17 @@ unsafe extern "C" fn count(host: *const sh_host) -> u64 {
     unsafe { ask(host, 0, |bridge| Ok(bridge.weight_names.len() as u64)) }
 }
 
-unsafe extern "C" fn name(host: *const sh_host, index: u64) -> sh_string {
-    // SAFETY: the plugin's promise; names live as long as the bridge.
-    unsafe { ask(host, sh_string::EMPTY, |bridge| Ok(sh_string::borrowing(bridge.weight_name(index)?))) }
+unsafe extern "C" fn name(host: *const sh_host, index: u64, name: *mut sh_string, error: *mut sh_error) -> sh_status {
+    let call = |bridge: &Bridge| {
+        if name.is_null() {
+            return Err(Error::invalid_argument("name is NULL"));
+        }
+        // SAFETY: not null, so a string by the plugin's promise; names live as long as the bridge.
+        unsafe { name.write(sh_string::borrowing(bridge.weight_name(index)?)) };
+        Ok(())
+    };
+    // SAFETY: the plugin's promise.
+    unsafe { enter(host, error, call) }
 }
 
 unsafe extern "C" fn tensor(

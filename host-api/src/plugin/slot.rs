@@ -209,10 +209,16 @@ impl HostSlot {
     pub(super) fn weight_names(&self) -> Result<Vec<String>> {
         self.in_call(|pointers, table| {
             let (Some(count), Some(name)) = (table.count, table.name) else { return Ok(Vec::new()) };
-            // SAFETY: the host lives while the slot holds it; its names are valid until destroy.
-            let (count, at) =
-                unsafe { (count(pointers.host), |index| read_string(name(pointers.host, index), "name")) };
-            (0..count).map(at).collect()
+            let at = |index| {
+                let (mut found, mut error) = (sh_string::EMPTY, ffi::error::empty());
+                // SAFETY: the host lives while the slot holds it; the other pointers are to locals here.
+                let code = unsafe { name(pointers.host, index, &mut found, &mut error) };
+                ffi::error::read(code, &error).map_err(|error| host_failed("weights", error))?;
+                // SAFETY: names are valid until destroy.
+                unsafe { read_string(found, "name") }
+            };
+            // SAFETY: the host lives while the slot holds it.
+            (0..unsafe { count(pointers.host) }).map(at).collect()
         })
     }
 

@@ -22,7 +22,7 @@ c_structs! {
         /// Number of tensors.
         pub count: Option<unsafe extern "C" fn(*const sh_host) -> u64>,
         /// The diffusers name of a tensor.
-        pub name: Option<unsafe extern "C" fn(*const sh_host, u64) -> sh_string>,
+        pub name: Option<unsafe extern "C" fn(*const sh_host, u64, *mut sh_string, *mut sh_error) -> sh_status>,
         /// A tensor and its own revision.
         pub tensor: Option<unsafe extern "C" fn(*const sh_host, u64, *mut sh_view, *mut u64, *mut sh_error) -> sh_status>,
     }
