@@ -5,11 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 PACK = HERE.parent
 REPOSITORY = PACK.parent.parent
 PARITY = REPOSITORY / "tests" / "parity"
+
+# The tiny models are slower on more threads.
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 sys.path[:0] = [str(PACK), str(HERE)]
 if os.environ.get("COMFYUI_PATH"):
