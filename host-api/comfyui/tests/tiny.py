@@ -10,7 +10,10 @@ import comfy.model_base
 import comfy.model_patcher
 import comfy.ops
 import comfy.samplers
+import comfy.sd
+import comfy.sd1_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import comfy.utils
 import torch
 from conftest import PARITY
@@ -155,3 +158,48 @@ def run(patcher, start, sigmas, positive, negative, cfg, sampler="euler", denois
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """||a - b|| / ||b||"""
     return float((found - expected).norm() / expected.norm())
+
+
+def clip(model: Tiny) -> comfy.sd.CLIP:
+    """The CLIP of a folder. SD 2.x's encoder in ComfyUI has a layer more than diffusers', which is skipped."""
+    folder = model.folder
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight.float() for name, weight in weights.items()}
+    weights.pop("text_model.embeddings.position_ids", None)
+    # ComfyUI's encoders have CLIP's 49408 tokens.
+    embedding = "text_model.embeddings.token_embedding.weight"
+    weights[embedding] = torch.nn.functional.pad(weights[embedding], (0, 0, 0, 49408 - len(weights[embedding])))
+    start, end = config["bos_token_id"], config["eos_token_id"]
+    width = config["hidden_size"]
+    if model.family == "sd2":
+        config["num_hidden_layers"] += 1
+        last = {name: weight for name, weight in weights.items() if ".layers.2." in name}
+        weights.update({name.replace(".layers.2.", ".layers.3."): weight.flip(0) for name, weight in last.items()})
+    weights["text_projection.weight"] = torch.randn(width, width, generator=torch.Generator().manual_seed(1))
+    letter, pad = ("l", end) if model.family == "sd1" else ("h", 0)
+
+    class Tokenizer(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None):
+            path = str(folder / "tokenizer")
+            super().__init__(path, pad_with_end=letter == "l", embedding_size=width, embedding_key=f"clip_{letter}")
+
+    class Encoder(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            layer = {"layer": "last", "return_projected_pooled": False} if letter == "l" else {"layer": "hidden", "layer_idx": -2}
+            tokens = {"start": start, "end": end, "pad": pad}
+            super().__init__(device=device, dtype=dtype, textmodel_json_config=config, special_tokens=tokens, **layer)
+
+    class Tokenizers(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data=None):
+            super().__init__(clip_name=letter, tokenizer=Tokenizer)
+
+    class Model(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_name=letter, clip_model=Encoder)
+
+    target = comfy.supported_models_base.ClipTarget(Tokenizers, Model)
+    found = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    missing, unexpected = getattr(found.cond_stage_model, f"clip_{letter}").transformer.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected, (missing, unexpected)
+    return found
