@@ -31,19 +31,19 @@ def draw(report: Report, width: int, height: int) -> torch.Tensor:
     for number, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         points = [frame.at(step, score) for step, score in curve]
-        pen.line(points, fill=colour, width=2)
+        pen.line(points, fill=colour, width=2, joint="curve")
         for (step, _), (x, y) in zip(curve, points, strict=True):
             if step in corrected:
                 pen.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour, fill="white")
         if number < _LEGEND:
-            pen.text((width - 120, 22 + 12 * number), f"item {name}", fill=colour, font=font)
+            pen.text((width - frame.right + 10, frame.top + 14 * number), f"item {name}", fill=colour, font=font)
     return _tensor(image)
 
 
 class _Frame:
     """Where steps and scores are in the picture."""
 
-    left, right, top, bottom = 48, 10, 24, 28
+    left, right, top, bottom = 48, 100, 24, 28
 
     def __init__(self, width: int, height: int, last_step: int, scores: list[float]) -> None:
         self.width, self.height, self.last_step = width, height, last_step
