@@ -46,13 +46,18 @@ class HostGradient(sampler_hook.Gradient):
             try:
                 with ordinary_weights(given.unet):
                     self._activation = forward_to(
-                        given.unet, self._latents.to(given.dtype), timesteps, context, tap, dict(given.transformer_options)
+                        given.unet,
+                        self._latents.to(given.dtype),
+                        timesteps,
+                        context,
+                        tap,
+                        dict(given.transformer_options),
                     )
             except RuntimeError as error:
                 if "nference tensors" in str(error):
                     raise RuntimeError(
                         "the U-Net has layers whose weights autograd cannot keep (they were made in inference mode and are not "
-                        "ComfyUI's own layers): choose the gradient \"weights\" in DPT Loader"
+                        "ComfyUI's own layers): choose the gradient weights in DPT Loader"
                     ) from error
                 raise
             return self._activation.detach().float().cpu()
@@ -75,7 +80,7 @@ class HostGradient(sampler_hook.Gradient):
         self._latents = self._activation = None
 
 
-class _Reached(Exception):  # noqa: N818
+class _Reached(Exception):
     """Ends a forward pass at the tap."""
 
     def __init__(self, activation: torch.Tensor) -> None:

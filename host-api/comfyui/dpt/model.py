@@ -53,9 +53,7 @@ def _prediction(sampling: Any) -> sampler_hook.types.Prediction:
     refused = (kinds.X0, kinds.IMG_TO_IMG, kinds.EDM)
     discrete = isinstance(sampling, kinds.ModelSamplingDiscrete) and not isinstance(sampling, kinds.ModelSamplingDiscreteEDM)
     if not discrete or isinstance(sampling, refused):
-        raise UnsupportedModel(
-            f"the MODEL samples as {name}; DPT needs epsilon or v prediction over discrete training timesteps"
-        )
+        raise UnsupportedModel(f"the MODEL samples as {name}; DPT needs epsilon or v prediction over discrete training timesteps")
     return "v" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"
 
 

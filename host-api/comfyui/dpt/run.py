@@ -100,7 +100,11 @@ class Run:
         text = self._text(prompt, latents.shape[0])
         run = self._begin(prompt, text, latents.shape[0])
         params = self.dpt.plugin.params
-        params["eta"], params["max_correction"], params["monitor"] = now.eta, self.settings.max_correction, self.settings.monitor
+        params["eta"], params["max_correction"], params["monitor"] = (
+            now.eta,
+            self.settings.max_correction,
+            self.settings.monitor,
+        )
         step = sampler_hook.Step(
             index=now.step,
             count=self.evaluations.count,
@@ -183,4 +187,3 @@ class Run:
             seconds=0.0 if report is None else report.seconds,
             items=tuple(Item(item.score, item.gradient_norm, item.correction_norm, item.status.name) for item in items),
         )
-

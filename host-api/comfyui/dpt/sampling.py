@@ -118,8 +118,17 @@ class Correction:
         finally:
             self._positive = None
 
-    def diffusion_model(self, executor: Any, z: torch.Tensor, timesteps: Any, context: Any = None, y: Any = None, control: Any = None,
-                        transformer_options: dict | None = None, **kwargs: Any) -> torch.Tensor:  # fmt: skip
+    def diffusion_model(
+        self,
+        executor: Any,
+        z: torch.Tensor,
+        timesteps: Any,
+        context: Any = None,
+        y: Any = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """Wraps the U-Net: corrects the rows of the positive conditionings in its input, z in VP space."""
         options = transformer_options if transformer_options is not None else {}
         run, now = self._run, self._run.now if self._run is not None else None
@@ -146,8 +155,15 @@ class CorrectedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, denoise_mask: Any = None, model_options: dict | None = None, seed: Any = None,
-                 **kwargs: Any) -> torch.Tensor:  # fmt: skip
+    def __call__(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        denoise_mask: Any = None,
+        model_options: dict | None = None,
+        seed: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         options = model_options or {}
 
         def seen() -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from .fields import Field, Node
 
-
 _NAMES = {"dynamic_prompts": "dynamicPrompts"}
 
 

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from dpt.curves import CURVES, Range, percent_of
 
 

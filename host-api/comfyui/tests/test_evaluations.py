@@ -1,4 +1,5 @@
 import pytest
+
 from dpt.evaluations import Evaluations, refusal
 
 SIGMAS = [8.0, 4.0, 2.0, 1.0, 0.0]

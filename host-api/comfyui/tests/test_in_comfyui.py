@@ -11,15 +11,17 @@ if not os.environ.get("COMFYUI_PATH"):
 
 import comfy.model_base
 import comfy.model_management
+import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
 import comfy.utils
 import sampler_hook
 import tiny
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
+from tiny import Tiny, relative
+
 from dpt import nodes
 from dpt.evaluations import OWN_SCHEDULE, PREDICTOR_CORRECTOR
-from tiny import Tiny, relative
 
 STEPS = 6
 SD1 = Tiny("sd1")
@@ -191,7 +193,7 @@ def test_every_sampler_goes_on_from_the_corrected_latents(name):
     patched, report = apply(SD1.patcher(), load(), every=1000)
     start = SD1.correction("mid")[0]["start"][:1]
     if refused(name):
-        with pytest.raises(ValueError, match="own sigmas|would be lost"):
+        with pytest.raises(ValueError, match=r"own sigmas|would be lost"):
             recorded_run(patched, start=start, sigmas=SHORT, sampler=name)
         return
     found = recorded_run(patched, start=start, sigmas=SHORT, sampler=name)
@@ -379,7 +381,14 @@ def test_range_interval_and_curve():
     recorded_run(patched)
     outside, between = "outside 0.2 to 0.9 of sampling", "between two steps"
     # Timesteps 831, 665, 499, 333, 167, 1.
-    assert [record.outcome for record in report.records] == [outside, "corrected", between, "corrected", between, outside]
+    assert [record.outcome for record in report.records] == [
+        outside,
+        "corrected",
+        between,
+        "corrected",
+        between,
+        outside,
+    ]
     for record in report.records:
         assert record.percent == pytest.approx(1 - record.timestep / 999, abs=1e-4)
         assert all(torch.isfinite(torch.tensor(item.score)) for item in record.items)
@@ -412,7 +421,11 @@ def test_models_that_dpt_is_not_defined_for_are_refused_when_it_is_applied():
         [changed] = node.patch(SD1.patcher(), **arguments)
         with pytest.raises(ValueError, match=message):
             apply(changed, dpt)
-    for key, value, message in [("adm_in_channels", 2816, "SDXL"), ("in_channels", 9, "9 channels"), ("use_temporal_attention", True, "video")]:
+    for key, value, message in [
+        ("adm_in_channels", 2816, "SDXL"),
+        ("in_channels", 9, "9 channels"),
+        ("use_temporal_attention", True, "video"),
+    ]:
         patcher = SD1.patcher()
         patcher.model.model_config.unet_config[key] = value
         with pytest.raises(ValueError, match=message):
@@ -433,10 +446,11 @@ def test_a_model_that_becomes_a_flow_model_after_it_was_applied_is_refused_when_
 
 
 def test_an_adapter_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="of another model"):
-        patcher = SD1.patcher()
-        patcher.model.model_config.unet_config["transformer_depth"] = [0] * 8
-        apply(patcher, load())
+    patcher, dpt = SD1.patcher(), load()
+    patcher.model.model_config.unet_config["channel_mult"] = [1, 1, 2]
+    patcher.model.model_config.unet_config["num_res_blocks"] = [2, 2, 2]
+    with pytest.raises(ValueError, match=r"entries, of which \d+ fit this MODEL"):
+        apply(patcher, dpt)
 
 
 def test_one_dpt_twice_on_one_model_is_refused():
@@ -456,7 +470,10 @@ def test_two_dpts_on_one_model_both_correct():
 def test_a_conditioning_whose_end_of_text_is_not_known_is_refused():
     [[context, options]] = SD1.conditioning(PROMPT)
     patched, _ = apply(SD1.patcher(), load())
-    for changed, message in [({}, "no pooled output"), ({"pooled_output": options["pooled_output"] + 1}, "not a row of its context")]:
+    for changed, message in [
+        ({}, "no pooled output"),
+        ({"pooled_output": options["pooled_output"] + 1}, "not a row of its context"),
+    ]:
         with pytest.raises(ValueError, match=message):
             recorded_run(patched, positive=[[context, changed]])
 
@@ -503,4 +520,44 @@ def test_a_run_that_fails_leaves_the_dpt_usable():
     with pytest.raises(ZeroDivisionError):
         recorded_run(patched, callback=lambda *_: 1 / 0)
     recorded_run(patched)
+    assert report.corrected == STEPS
+
+
+# Weights as they are loaded.
+
+
+@pytest.mark.parametrize("gradient", ["weights", "host"])
+def test_a_model_that_is_loaded_in_part(gradient, monkeypatch):
+    """Low memory: ComfyUI keeps weights elsewhere and applies patches as it goes."""
+    loaded, original = [], comfy.model_patcher.ModelPatcher.load
+
+    def load_in_part(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        original(self, device_to, lowvram_model_memory=100_000, force_patch_weights=False, full_load=False)
+        loaded.append(self.model.lowvram_patch_counter)
+
+    whole = recorded_run(apply(SD1.patcher(), load(gradient=gradient))[0])
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_in_part)
+    part = recorded_run(apply(SD1.patcher(), load(gradient=gradient))[0])
+    assert loaded[0] > 0
+    assert relative(part, whole) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gradient", ["weights", "host"])
+def test_models_in_half_precision(dtype, gradient):
+    """The score's gradient of the first step is that of f32 to the precision of the dtype."""
+    recorded, _ = SD1.correction("mid")
+    norms = recorded["first_grad.paper"].flatten(1).norm(dim=1)
+    patched, report = apply(SD1.patcher(dtype), load(gradient=gradient), every=1000)
+    recorded_run(patched)
+    found = torch.tensor([item.gradient_norm for item in report.records[0].items])
+    assert relative(found, norms) < (0.01 if dtype == torch.float16 else 0.08)
+
+
+def test_the_loaded_model_is_of_inference_tensors_as_in_production():
+    with torch.inference_mode():
+        patched, report = apply(SD1.patcher(), load())
+        assert next(patched.model.diffusion_model.parameters()).is_inference()
+    recorded, _ = SD1.correction("mid")
+    assert relative(recorded_run(patched), recorded["latents.paper"][-1]) < 1e-3
     assert report.corrected == STEPS

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PARITY
+
 from dpt.model import UnsupportedModel, alpha_bar, alphas_cumprod, diffusers_config, heads_by_level, timestep
 
 LDM = {

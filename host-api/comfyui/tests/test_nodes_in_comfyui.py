@@ -19,9 +19,10 @@ import tiny
 import torch
 from comfy_api.latest import io
 from conftest import PACK
+from tiny import Tiny
+
 from dpt import v1
 from dpt.nodes import NODES
-from tiny import Tiny
 
 WORKFLOW = PACK / "example_workflows" / "dpt_sd21.json"
 EXTRAS = ("nodes_preview_any.py",)
@@ -125,7 +126,10 @@ def api_prompt(workflow):
             if name in linked:
                 inputs[name] = linked.pop(name)
                 continue
-            assert isinstance(kind, list) or kind in ("FLOAT", "INT", "BOOLEAN", "STRING", "COMBO"), (node["type"], name)
+            assert isinstance(kind, list) or kind in ("FLOAT", "INT", "BOOLEAN", "STRING", "COMBO"), (
+                node["type"],
+                name,
+            )
             inputs[name] = widgets.pop(0)
             if options and options[0].get("control_after_generate"):
                 widgets.pop(0)

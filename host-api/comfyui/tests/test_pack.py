@@ -1,9 +1,10 @@
 """The pack's files fit together; without ComfyUI."""
 
 import json
-import tomllib
 
+import tomllib
 from conftest import PACK
+
 from dpt import v1
 from dpt.nodes import NODES
 

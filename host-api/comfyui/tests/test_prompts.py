@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
 from dpt.curves import Range
 from dpt.evaluations import Evaluations
 from dpt.prompts import active, blend
@@ -34,7 +35,14 @@ def samplers(monkeypatch):
         states = states.repeat(x.shape[0] // states.shape[0], 1, 1)
         found = {"c_crossattn": SimpleNamespace(cond=states)}
         return Processed(
-            x, mult, found, area and list(area), conditioning.get("control"), None, conditioning["uuid"], conditioning.get("hooks")
+            x,
+            mult,
+            found,
+            area and list(area),
+            conditioning.get("control"),
+            None,
+            conditioning["uuid"],
+            conditioning.get("hooks"),
         )
 
     comfy, module = ModuleType("comfy"), ModuleType("comfy.samplers")
@@ -45,7 +53,11 @@ def samplers(monkeypatch):
 
 def conditioning(number, batch=1, **more):
     states = torch.full((batch, 7, 3), float(number + 1)) + torch.arange(7.0).view(1, 7, 1)
-    text = {"cross_attn": states, "pooled_output": states[:, 4], "model_conds": {"c_crossattn": SimpleNamespace(cond=states)}}
+    text = {
+        "cross_attn": states,
+        "pooled_output": states[:, 4],
+        "model_conds": {"c_crossattn": SimpleNamespace(cond=states)},
+    }
     return {**text, "uuid": f"uuid {number}", **more}
 
 
@@ -140,7 +152,11 @@ def corrected_rows(positive, conds, batches):
     def evaluate(model, lists, x, sigma, options):
         for batch in batches:
             z = torch.zeros(2 * len(batch), 4, 6, 6)
-            options = {"cond_or_uncond": [kind for kind, _ in batch], "uuids": [uuid for _, uuid in batch], "sigmas": sigma}
+            options = {
+                "cond_or_uncond": [kind for kind, _ in batch],
+                "uuids": [uuid for _, uuid in batch],
+                "sigmas": sigma,
+            }
             correction.diffusion_model(unet, z, None, None, None, None, options)
 
     correction.calc_cond_batch(evaluate, None, conds(positive), LATENTS, SIGMA, {})

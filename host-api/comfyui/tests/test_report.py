@@ -2,6 +2,7 @@ import json
 import math
 
 import torch
+
 from dpt.nodes import plot
 from dpt.plot import draw
 from dpt.report import Item, Record, Report

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from dpt.text import KEY, encode, pooled_of
 
 
@@ -16,7 +17,7 @@ def test_sd1s_pooled_output_is_a_row_of_the_context():
 def test_what_is_not_a_row_is_refused():
     states = context()
     for wrong in (states[:, 5] * 1.01, states[:, 5:7].mean(dim=1), torch.zeros(1, 8)):
-        with pytest.raises(ValueError, match="not a row of its context.*DPT Text Encode"):
+        with pytest.raises(ValueError, match=r"not a row of its context.*DPT Text Encode"):
             pooled_of(states, {"pooled_output": wrong})
     with pytest.raises(ValueError, match="not a row of its context"):
         pooled_of(torch.zeros(1, 77, 8), {"pooled_output": torch.zeros(1, 8)})

@@ -10,10 +10,11 @@ if not os.environ.get("COMFYUI_PATH"):
     pytest.skip("COMFYUI_PATH names no checkout of ComfyUI", allow_module_level=True)
 
 import tiny
-from dpt.text import KEY, encode, end_of_text, pooled_of
 from nodes import CLIPSetLastLayer, CLIPTextEncode, ConditioningAverage, ConditioningConcat
 from safetensors.torch import load_file
 from tiny import Tiny, relative
+
+from dpt.text import KEY, encode, end_of_text, pooled_of
 
 MODELS = pytest.mark.parametrize("model", [Tiny("sd1"), Tiny("sd2")], ids=["sd1", "sd2"])
 LONG = 8
@@ -75,7 +76,7 @@ def test_sd1_needs_no_other_node():
 
 
 def test_sd2_needs_the_node():
-    with pytest.raises(ValueError, match="not a row of its context.*DPT Text Encode"):
+    with pytest.raises(ValueError, match=r"not a row of its context.*DPT Text Encode"):
         text_of(plain(tiny.clip(Tiny("sd2")), "a red circle"))
 
 

@@ -5,9 +5,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
 from dpt.weights import LoadedWeights, effective
 
-NAMES = {"conv_in.weight": "input_blocks.0.0.weight", "conv_out.weight": "out.2.weight", "conv_out.bias": "out.2.bias", "absent": "x"}
+NAMES = {
+    "conv_in.weight": "input_blocks.0.0.weight",
+    "conv_out.weight": "out.2.weight",
+    "conv_out.bias": "out.2.bias",
+    "absent": "x",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +29,10 @@ class Model(torch.nn.Module):
         super().__init__()
         self.model_config = SimpleNamespace(unet_config={})
         first, last = torch.nn.Conv2d(1, 1, 1, bias=False), torch.nn.Conv2d(1, 1, 1)
-        blocks = {"input_blocks": torch.nn.Sequential(torch.nn.Sequential(first)), "out": torch.nn.Sequential(*[torch.nn.SiLU()] * 2, last)}
+        blocks = {
+            "input_blocks": torch.nn.Sequential(torch.nn.Sequential(first)),
+            "out": torch.nn.Sequential(*[torch.nn.SiLU()] * 2, last),
+        }
         self.diffusion_model = torch.nn.ModuleDict(blocks)
 
 

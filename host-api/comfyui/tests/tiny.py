@@ -138,7 +138,19 @@ def ddim_sigmas(steps: int) -> torch.Tensor:
     return sampling.sigmas[[*timesteps, 0]].clone()
 
 
-def run(patcher, start, sigmas, positive, negative, cfg, sampler="euler", denoise_mask=None, latent=None, callback=None, options=None):
+def run(
+    patcher,
+    start,
+    sigmas,
+    positive,
+    negative,
+    cfg,
+    sampler="euler",
+    denoise_mask=None,
+    latent=None,
+    callback=None,
+    options=None,
+):
     """One run of ComfyUI's guider, from latents in VP space to latents in VP space; from noise over `latent` where that is given."""
     with torch.inference_mode():
         guider = comfy.samplers.CFGGuider(patcher)
@@ -201,5 +213,5 @@ def clip(model: Tiny) -> comfy.sd.CLIP:
     target = comfy.supported_models_base.ClipTarget(Tokenizers, Model)
     found = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     missing, unexpected = getattr(found.cond_stage_model, f"clip_{letter}").transformer.load_state_dict(weights, strict=False)
-    assert not missing and not unexpected, (missing, unexpected)
+    assert (list(missing), list(unexpected)) == ([], [])
     return found
