@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import sampler_hook
 import tiny
@@ -22,6 +23,8 @@ from tiny import Tiny, relative
 
 from dpt import nodes
 from dpt.evaluations import OWN_SCHEDULE, PREDICTOR_CORRECTOR
+from dpt.model import describe
+from dpt.weights import diffusers_names
 
 STEPS = 6
 SD1 = Tiny("sd1")
@@ -561,3 +564,28 @@ def test_the_loaded_model_is_of_inference_tensors_as_in_production():
     recorded, _ = SD1.correction("mid")
     assert relative(recorded_run(patched), recorded["latents.paper"][-1]) < 1e-3
     assert report.corrected == STEPS
+
+
+# At Stable Diffusion's sizes.
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_names_shapes_and_configuration_are_diffusers_at_full_size(family):
+    """The U-Net that diffusers builds from the lent configuration has the lent tensors, no other and of the same shapes."""
+    diffusers = pytest.importorskip("diffusers")
+    settings = {**tiny.unet_config(family), "model_channels": 320, "channel_mult": [1, 2, 4, 4], "context_dim": 768}
+    if family == "sd2":
+        settings["context_dim"] = 1024
+    config = {"sd1": comfy.supported_models.SD15, "sd2": comfy.supported_models.SD20}[family](settings)
+    config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(config, device=torch.device("meta"))
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    described = describe(patcher)
+    assert described.family == family
+    heads = described.unet_config["attention_head_dim"]
+    assert heads == ([8] * 4 if family == "sd1" else [5, 10, 20, 20])
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(described.unet_config)
+    expected = {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
+    lent = {name: tuple(model.get_parameter(key).shape) for name, key in diffusers_names(model).items()}
+    assert lent == expected
