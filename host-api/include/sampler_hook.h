@@ -308,7 +308,7 @@ typedef const sh_entry *(*sh_entry_fn)(uint32_t abi_major);
  * from a kept copy when it ends: W + strength * scale * up @ down. */
 #define SH_PLUGIN_LORA "sampler-hook.lora/1"
 
-#define SH_LORA_PEFT 1  /* unet.<module>.lora_A.weight, lora_B.weight, alpha; and the header's lora_adapter_metadata */
+#define SH_LORA_PEFT 1  /* unet.<module>.lora_A.weight, lora_B.weight; alpha in the header's lora_adapter_metadata */
 #define SH_LORA_KOHYA 2 /* lora_unet_<module with _ for .>.lora_down.weight, lora_up.weight, alpha */
 
 /* Owned by the caller, who sets struct_size. */

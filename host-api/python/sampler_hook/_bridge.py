@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ _LEVELS = {
 }
 
 # Before, weights/1 returned strings by value, which callbacks of ctypes cannot.
-_WEIGHTS_MINOR = 3
+_WEIGHTS_FROM = (0, 3)
 
 
 def fill_error(pointer: Any, code: int, message: str) -> None:
@@ -42,8 +43,8 @@ def fill_error(pointer: Any, code: int, message: str) -> None:
 class Bridge:
     """The tables for one plugin. They and all that they point to live as long as this object."""
 
-    def __init__(self, host: Host, abi_minor: int) -> None:
-        self._host = host
+    def __init__(self, host: Host, abi: tuple[int, int]) -> None:
+        self.host = host
         self._arena = Arena()
         self._raised: BaseException | None = None
         self._lock = threading.Lock()
@@ -63,11 +64,28 @@ class Bridge:
         if host.gradient is not None:
             self._extensions[_abi.SH_HOST_GRADIENT] = _GradientTable(host.gradient, self._caught).table
         if host.weights is not None:
-            if abi_minor < _WEIGHTS_MINOR:
-                message = "the library speaks interface 0.%d, whose weights/1 Python cannot offer: no weights are lent"
-                logger.warning(message, abi_minor)
+            if abi < _WEIGHTS_FROM:
+                message = "the library speaks interface %d.%d, whose weights/1 Python cannot offer: no weights are lent"
+                logger.warning(message, *abi)
             else:
                 self._extensions[_abi.SH_HOST_WEIGHTS] = _WeightsTable(host.weights, self._caught).table
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Makes of Ctrl-C an exception that a callback raised: the call stops at its next look at `cancelled`.
+
+        Python's own handler raises wherever the interpreter is, which may be where a callback begins: nobody would see
+        it there.
+        """
+        on_main = threading.current_thread() is threading.main_thread()
+        if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, lambda _number, _frame: self._caught(KeyboardInterrupt()))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # What callbacks raise is kept for the call in progress.
 
@@ -86,20 +104,20 @@ class Bridge:
 
     def _log(self, _host: int, level: int, message: sh_string) -> None:
         try:
-            self._host.log(_LEVELS.get(level, logging.INFO), read_string(message))
+            self.host.log(_LEVELS.get(level, logging.INFO), read_string(message))
         except BaseException as error:
             self._caught(error)
 
     def _cancelled(self, _host: int) -> int:
         try:
-            return int(self._raised is not None or bool(self._host.cancelled()))
+            return int(self._raised is not None or bool(self.host.cancelled()))
         except BaseException as error:
             self._caught(error)
             return 1
 
     def _progress(self, _host: int, task: sh_string, done: int, total: int) -> None:
         try:
-            self._host.progress(read_string(task), done, total)
+            self.host.progress(read_string(task), done, total)
         except BaseException as error:
             self._caught(error)
 

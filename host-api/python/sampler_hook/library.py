@@ -24,7 +24,7 @@ LIBRARY_VARIABLE = "SAMPLER_HOOK_LIBRARY"
 """The environment variable that names a library to use in place of the one that came with this package."""
 CUDA_LIBRARY_VARIABLE = "SAMPLER_HOOK_CUDA_LIBRARY"
 """The same for the library that computes on CUDA."""
-_SPOKEN = ((0, 2), (0, 3))
+_DRAFTS = ((0, 2), (0, 3))
 
 
 def _file_name(stem: str) -> str:
@@ -50,10 +50,12 @@ class Library:
         if not entry:
             raise UnsupportedError(f"{self.path} does not speak version {_abi.SH_ABI_MAJOR} of the interface")
         self._entry: sh_entry = entry.contents
-        found = (self._entry.abi_major, self._entry.abi_minor)
-        if found not in _SPOKEN or self._entry.struct_size < ctypes.sizeof(sh_entry):
-            spoken = " or ".join(f"{major}.{minor}" for major, minor in _SPOKEN)
-            raise UnsupportedError(f"{self.path} speaks interface {found[0]}.{found[1]}, this package {spoken}")
+        major, minor = self.abi
+        # Drafts promise nothing to each other; from 1.0 on a major's minors only add to it.
+        spoken = self.abi in _DRAFTS if major == 0 else major == _abi.SH_ABI_MAJOR
+        if not spoken or self._entry.struct_size < ctypes.sizeof(sh_entry):
+            own = f"{_abi.SH_ABI_MAJOR}.{_abi.SH_ABI_MINOR}"
+            raise UnsupportedError(f"{self.path} speaks interface {major}.{minor}, this package {own}")
         self.descriptors: tuple[Descriptor, ...] = tuple(map(self._descriptor, range(self._entry.plugin_count)))
         """The plugins of the library."""
 
@@ -90,9 +92,10 @@ class Library:
         """
         arena, error = Arena(), sh_error(struct_size=ctypes.sizeof(sh_error))
         text = "" if config is None else json.dumps(dict(config), default=_json_of)
-        bridge, pointer = Bridge(host if host is not None else Host(), self._entry.abi_minor), c_void_p()
+        bridge, pointer = Bridge(host if host is not None else Host(), self.abi), c_void_p()
         strings = arena.string(id), arena.string(text)
-        status = self._entry.create(strings[0], byref(bridge.table), strings[1], byref(pointer), byref(error))
+        with bridge.interruptible():
+            status = self._entry.create(strings[0], byref(bridge.table), strings[1], byref(pointer), byref(error))
         raised = bridge.take_raised()
         if status != _abi.SH_OK:
             failure = error_of(status, error.message.decode("utf-8", "replace"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from ctypes import byref, sizeof
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from ._abi import sh_error, sh_needs, sh_plugin
 from ._bridge import Bridge
 from ._convert import Arena, device_of, read_string
 from .errors import BusyError, InvalidStateError, UnsupportedError, error_of
+from .host import Host
 from .lora import Lora
 from .params import Params
 from .run import Run
@@ -71,6 +72,14 @@ class Plugin:
             address, self._address = self._address, None
         if address is not None:
             self._table.destroy(address)
+            raised = self._bridge.take_raised()
+            if raised is not None:
+                raise raised
+
+    @property
+    def host(self) -> Host:
+        """The host that it was created with."""
+        return self._bridge.host
 
     @property
     def is_destroyed(self) -> bool:
@@ -144,7 +153,7 @@ class Plugin:
         callbacks to the call that they belong to.
         """
         error = sh_error(struct_size=sizeof(sh_error))
-        with self.entered() as address:
+        with self.entered() as address, nullcontext() if concurrent else self._bridge.interruptible():
             status = function(address, *arguments, byref(error))
         raised = None if concurrent or status == _abi.SH_BUSY else self._bridge.take_raised()
         if status != _abi.SH_OK and (raised is None or isinstance(raised, Exception)):

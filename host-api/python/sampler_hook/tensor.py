@@ -14,6 +14,8 @@ from ._abi import DLTensor, sh_view
 from .errors import DtypeMismatchError, InvalidArgumentError, ShapeMismatchError, UnsupportedError
 
 _DTYPES = {(2, 32): "f32", (2, 16): "f16", (4, 16): "bf16"}
+_PINNED = 3
+"""`kDLCUDAHost`: main memory that CUDA has pinned."""
 _LEGACY_STREAM = 1
 """DLPack's number for CUDA's legacy default stream, whose pointer is NULL."""
 
@@ -164,8 +166,11 @@ def borrow(value: Any, what: str, *, write: bool = False, stream: int | None = N
         value = value.detach()
     if not isinstance(value, SupportsDLPack):
         raise InvalidArgumentError(f"{what}: expected a tensor that speaks DLPack, found {type(value).__qualname__}")
-    device_type, device_id = (int(part) for part in value.__dlpack_device__())
-    on_cpu = device_type == _abi.SH_DEVICE_CPU
+    try:
+        device_type, device_id = (int(part) for part in value.__dlpack_device__())
+    except (BufferError, TypeError, RuntimeError, ValueError) as error:  # PyTorch's device "meta", for one
+        raise InvalidArgumentError(f"{what} cannot be shared by DLPack: {error}") from error
+    on_cpu = device_type in (_abi.SH_DEVICE_CPU, _PINNED)
     if not on_cpu and device_type != _abi.SH_DEVICE_CUDA:
         raise UnsupportedError(f"{what} is on a device of DLPack's type {device_type}, neither CPU nor CUDA")
     asked, guard = _stream(torch, device_id, stream) if not on_cpu else (None, nullcontext())
@@ -181,6 +186,8 @@ def borrow(value: Any, what: str, *, write: bool = False, stream: int | None = N
         raise InvalidArgumentError(f"{what} cannot be shared by DLPack: {error}") from error
     view = empty_view()
     ctypes.pointer(view.tensor)[0] = tensor
+    if on_cpu:
+        view.tensor.device.device_type = _abi.SH_DEVICE_CPU
     view.flags = _abi.SH_VIEW_READ_ONLY if read_only else 0
     view.stream = asked
     return Borrowed(view, (owner, value, capsule))

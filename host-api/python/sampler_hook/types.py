@@ -93,6 +93,12 @@ class Outcome(enum.IntEnum):
     SKIPPED_INTERVAL = _abi.SH_SKIPPED_INTERVAL
     SKIPPED_SUB_EVALUATION = _abi.SH_SKIPPED_SUB_EVALUATION
     SKIPPED_EMPTY = _abi.SH_SKIPPED_EMPTY
+    SKIPPED_OTHER = -1
+    """For a reason that this version does not know."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Outcome:
+        return cls.SKIPPED_OTHER
 
 
 @dataclass(frozen=True)

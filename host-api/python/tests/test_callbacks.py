@@ -3,76 +3,24 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
+import signal
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from conftest import PROMPT, Case, load_safetensors, relative_error
+from hosts import Numbers, Recorder, pooled_text
 
 import sampler_hook as sh
 
 Make = Callable[..., sh.Plugin]
 
 
-class Numbers(sh.Gradient):
-    """Features and a gradient that are made up: what the plugin does with them is arithmetic."""
-
-    def __init__(self) -> None:
-        generator = np.random.default_rng(0)
-        self.activation = generator.normal(size=(2, 32, 2, 2)).astype(np.float32)
-        self.gradient = generator.normal(size=(2, 4, 16, 16)).astype(np.float32)
-        self.seen: list[tuple[sh.Step, np.ndarray, str]] = []
-        self.cotangent: np.ndarray | None = None
-        self.lent: list[sh.Tensor] = []
-        self.released = 0
-        self.on_features: Callable[[], None] = lambda: None
-        self.on_vjp: Callable[[], None] = lambda: None
-
-    def features(self, step: sh.Step, latents: sh.Tensor, tap: str) -> sh.SupportsDLPack:
-        self.seen.append((step, np.from_dlpack(latents), tap))
-        self.lent.append(latents)
-        self.on_features()
-        return self.activation
-
-    def vjp(self, cotangent: sh.Tensor) -> sh.SupportsDLPack:
-        self.cotangent = np.from_dlpack(cotangent)
-        self.lent.append(cotangent)
-        self.on_vjp()
-        return self.gradient
-
-    def release(self) -> None:
-        self.released += 1
-
-
-class Recorder(sh.Host):
-    def __init__(self, gradient: sh.Gradient | None = None, weights: sh.Weights | None = None) -> None:
-        self.gradient, self.weights = gradient, weights
-        self.messages: list[tuple[int, str]] = []
-        self.tasks: list[tuple[str, int, int]] = []
-        self.stop = False
-
-    def log(self, level: int, message: str) -> None:
-        self.messages.append((level, message))
-
-    def cancelled(self) -> bool:
-        return self.stop
-
-    def progress(self, task: str, done: int, total: int) -> None:
-        self.tasks.append((task, done, total))
-
-
-def text(case: Case) -> sh.Text:
-    pooled = np.random.default_rng(1).normal(size=(2, 32)).astype(np.float32)
-    return sh.Text(pooled=pooled)
-
-
 def test_the_hosts_gradient_is_used_as_it_is(prepared: Make, case: Case) -> None:
     numbers = Numbers()
     plugin = prepared(Recorder(numbers), gradient="host")
     assert plugin.needs == sh.Needs(gradient=True, context=False, pooled=True, weights=False, tap="mid")
-    with plugin.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         latents = case.start.copy()
         report = run.step(case.step(), latents)
     np.testing.assert_array_equal(latents, case.start + np.float32(20) * numbers.gradient)
@@ -94,7 +42,7 @@ def test_a_steps_own_text_reaches_the_host(prepared: Make, case: Case) -> None:
     own = sh.Text(pooled=np.ones((2, 32), np.float32), prompts=["naïve café", PROMPT])
     seen: list[sh.Text | None] = []
     numbers.on_features = lambda: seen.append(numbers.seen[-1][0].text)
-    with plugin.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         run.step(case.step(space="ve"), case.start.copy())
         run.step(case.step(text=own), case.start.copy())
     assert seen[0] is None
@@ -108,10 +56,10 @@ def test_halves_give_the_bits_of_a_step(prepared: Make, case: Case) -> None:
     numbers = Numbers()
     whole = prepared(Recorder(numbers), gradient="host")
     split = prepared(gradient="split")
-    with whole.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with whole.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         expected = case.start.copy()
         stepped = run.step(case.step(), expected)
-    with split.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with split.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         assert run.score(case.step()).outcome == sh.Outcome.CORRECTED
         cotangent = np.full_like(numbers.activation, np.nan)
         scored = run.score(case.step(), numbers.activation, cotangent)
@@ -141,7 +89,7 @@ def test_exceptions_reach_the_caller_as_the_cause(prepared: Make, case: Case, wh
     def fail() -> None:
         raise Broken("the wire is cut")
 
-    with plugin.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         setattr(numbers, where, fail)
         latents = case.start.copy()
         with pytest.raises(sh.HostFailedError, match="Broken: the wire is cut") as raised:
@@ -162,18 +110,41 @@ def test_an_interrupt_comes_through_as_itself(prepared: Make, case: Case) -> Non
         raise KeyboardInterrupt
 
     numbers.on_vjp = interrupt
-    with plugin.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         latents = case.start.copy()
         with pytest.raises(KeyboardInterrupt):
             run.step(case.step(), latents)
         np.testing.assert_array_equal(latents, case.start)
 
 
+@pytest.mark.parametrize("where", ["features", "cancelled"])
+def test_ctrl_c_stops_the_step(prepared: Make, case: Case, where: str) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    numbers, host = Numbers(), Recorder()
+    host.gradient = numbers
+
+    def press() -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return False
+
+    plugin = prepared(host, gradient="host")
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
+        if where == "features":
+            numbers.on_features = press  # type: ignore[assignment]
+        else:
+            host.cancelled = press  # type: ignore[method-assign]
+        latents = case.start.copy()
+        with pytest.raises(KeyboardInterrupt):
+            run.step(case.step(), latents)
+        np.testing.assert_array_equal(latents, case.start)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_what_callbacks_give_is_checked(prepared: Make, case: Case) -> None:
     numbers = Numbers()
     plugin = prepared(Recorder(numbers), gradient="host")
     good = numbers.activation
-    with plugin.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         for wrong, words in [(good[:1], "batch"), (good.astype(np.float64), "64 bits"), ("features", "found str")]:
             numbers.activation = wrong
             with pytest.raises(sh.HostFailedError, match=words):
@@ -183,7 +154,7 @@ def test_what_callbacks_give_is_checked(prepared: Make, case: Case) -> None:
         with pytest.raises(sh.HostFailedError, match=r"vjp has shape \[2, 2, 16, 16\], expected \[2, 4, 16, 16\]"):
             run.step(case.step(), case.start.copy())
     numbers.activation = good[:, :16]
-    with plugin.run(batch=2, steps=case.steps, text=text(case)) as run:
+    with plugin.run(batch=2, steps=case.steps, text=pooled_text()) as run:
         with pytest.raises(sh.ShapeMismatchError, match="expected"):
             run.step(case.step(), case.start.copy())
         assert numbers.released > 0
@@ -291,55 +262,3 @@ def test_lent_weights_give_the_own_unets_numbers(library: sh.Library, case: Case
             expected = case.start.copy()
             run.step(case.step(), expected)
     assert relative_error(found, expected) < 1e-5
-
-
-def test_a_second_thread_finds_the_plugin_busy(prepared: Make, case: Case) -> None:
-    numbers = Numbers()
-    plugin = prepared(Recorder(numbers), gradient="host")
-    entered, leave = threading.Event(), threading.Event()
-
-    def wait() -> None:
-        entered.set()
-        assert leave.wait(30)
-
-    numbers.on_features = wait
-    with plugin.run(batch=2, steps=case.steps, text=text(case)) as run:
-        reports = []
-        latents = case.start.copy()
-        thread = threading.Thread(target=lambda: reports.append(run.step(case.step(), latents)))
-        thread.start()
-        try:
-            assert entered.wait(30)
-            with pytest.raises(sh.BusyError):
-                run.step(case.step(), case.start.copy())
-            with pytest.raises(sh.BusyError):
-                plugin.destroy()
-            plugin.params["eta"] = 1.0  # at any time, from any thread
-        finally:
-            leave.set()
-            thread.join()
-        assert reports[0].outcome == sh.Outcome.CORRECTED
-
-
-def test_the_interpreter_runs_on_during_a_step(prepared: Make, case: Case) -> None:
-    plugin = prepared()
-    latents = np.random.default_rng(0).normal(size=(2, 4, 64, 64)).astype(np.float32)
-    stamps: list[float] = []
-    done = threading.Event()
-
-    def tick() -> None:
-        while not done.wait(0.001):
-            stamps.append(time.perf_counter())
-
-    thread = threading.Thread(target=tick)
-    with plugin.run(batch=2, steps=case.steps, text=case.text()) as run:
-        thread.start()
-        started = time.perf_counter()
-        report = run.step(case.step(), latents)
-        ended = time.perf_counter()
-        done.set()
-        thread.join()
-    margin = (ended - started) / 4
-    within = [stamp for stamp in stamps if started + margin < stamp < ended - margin]
-    assert report.seconds > 0.01
-    assert len(within) >= 3, f"{len(within)} ticks in the middle of a step of {report.seconds} s"

@@ -136,6 +136,7 @@ def test_every_status_has_an_exception() -> None:
             error = error_of(status, "words")
             assert (error.code, error.message, str(error)) == (status, "words", "words")
     assert error_of(99, "of a later version").code == sh.Status.INTERNAL
+    assert sh.Outcome(99) == sh.Outcome.SKIPPED_OTHER
     for status, builtin in {
         sh.Status.INVALID_ARGUMENT: ValueError,
         sh.Status.INVALID_CONFIG: ValueError,

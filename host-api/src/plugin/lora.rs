@@ -7,7 +7,7 @@ use crate::view::ViewMut;
 /// Names in a LoRA file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LoraLayout {
-    /// `unet.<module>.lora_A.weight`, `lora_B.weight`, `alpha`.
+    /// `unet.<module>.lora_A.weight`, `lora_B.weight`; alpha in the header's `lora_adapter_metadata`.
     Peft,
     /// `lora_unet_<module with _ for .>.lora_down.weight`, `lora_up.weight`, `alpha`.
     Kohya,

@@ -36,10 +36,13 @@ impl Lora {
                 LoraLayout::Peft => (format!("unet.{}", entry.module), "lora_A", "lora_B"),
                 LoraLayout::Kohya => (format!("lora_unet_{}", entry.module.replace('.', "_")), "lora_down", "lora_up"),
             };
-            let alpha = (entry.scale * rank as f64) as f32;
             tensors.push((format!("{prefix}.{down}.weight"), vec![rank, in_features], little_endian(&entry.down)));
             tensors.push((format!("{prefix}.{up}.weight"), vec![out_features, rank], little_endian(&entry.up)));
-            tensors.push((format!("{prefix}.alpha"), vec![], little_endian(&[alpha])));
+            // PEFT's is in the header; a tensor that is named for no factor makes diffusers refuse the file.
+            if layout == LoraLayout::Kohya {
+                let alpha = (entry.scale * rank as f64) as f32;
+                tensors.push((format!("{prefix}.alpha"), vec![], little_endian(&[alpha])));
+            }
         }
         let mut views = Vec::with_capacity(tensors.len());
         for (name, shape, bytes) in &tensors {
