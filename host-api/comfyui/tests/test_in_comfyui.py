@@ -16,6 +16,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
+import nodes as comfy_nodes
 import sampler_hook
 import tiny
 from comfy_extras.nodes_custom_sampler import Guider_Basic, Guider_DualCFG
@@ -589,3 +590,66 @@ def test_names_shapes_and_configuration_are_diffusers_at_full_size(family):
     expected = {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
     lent = {name: tuple(model.get_parameter(key).shape) for name, key in diffusers_names(model).items()}
     assert lent == expected
+
+
+# ComfyUI's own sampler nodes.
+
+
+def ksampler(patcher, latent, **steps):
+    """KSampler (Advanced) with the recorded prompts; latents as ComfyUI's LATENT has them."""
+    with torch.inference_mode():
+        positive, negative = SD1.conditioning(PROMPT), SD1.conditioning(EMPTY)
+        arguments = (7, 6, 5.0, "euler", "normal", positive, negative, {"samples": latent})
+        return comfy_nodes.common_ksampler(patcher, *arguments, **steps)[0]["samples"]
+
+
+@pytest.mark.parametrize("mode", ["paper", "condition-only"])
+def test_two_samplers_of_half_the_steps_are_one_of_all(mode):
+    latent = torch.zeros(1, 4, 16, 16)
+    patched, report = apply(SD1.patcher(), load(), mode=mode, curve="linear", start_percent=0.1, end_percent=0.9)
+    whole = ksampler(patched, latent)
+    etas = [record.eta for record in report.records]
+    first = ksampler(patched, latent, start_step=0, last_step=3)
+    halves = [record.eta for record in report.records]
+    second = ksampler(patched, first, disable_noise=True, start_step=3, last_step=6)
+    halves += [record.eta for record in report.records]
+    assert relative(second, whole) < 1e-5
+    assert halves == pytest.approx(etas)
+    assert relative(whole, ksampler(apply(SD1.patcher(), load(), eta=0.0)[0], latent)) > 1e-3
+
+
+class Control:
+    """The documented parts of a ControlNet, which adds nothing."""
+
+    previous_controlnet = extra_hooks = None
+
+    def get_models(self):
+        return []
+
+    def get_extra_hooks(self):
+        return []
+
+    def inference_memory_requirements(self, dtype):
+        return 0
+
+    def pre_run(self, model, percent_to_timestep):
+        pass
+
+    def get_control(self, *_):
+        return {"output": [], "middle": [], "input": []}
+
+    def cleanup(self):
+        pass
+
+
+@pytest.mark.parametrize("mode", ["paper", "condition-only"])
+@pytest.mark.parametrize("gradient", ["weights", "host"])
+def test_controlnet_is_refused_or_ignored_as_the_loader_says(gradient, mode):
+    [[context, options]] = SD1.conditioning(PROMPT)
+    positive = [[context, {**options, "control": Control(), "control_apply_to_uncond": True}]]
+    refused_run, _ = apply(SD1.patcher(), load(gradient=gradient), mode=mode)
+    with pytest.raises((ValueError, NotImplementedError), match="ignore_extra_inputs"):
+        recorded_run(refused_run, positive=positive)
+    patched, report = apply(SD1.patcher(), load(gradient=gradient, ignore_extra_inputs=True), mode=mode)
+    recorded_run(patched, positive=positive)
+    assert report.corrected == STEPS
