@@ -66,7 +66,9 @@ class Run:
         self._begun = self.now = None
         self._texts.clear()
         if error[0] is None and self.report.corrected == 0:
-            reasons = sorted({record.outcome for record in self.report.records}) or ["the sampler evaluated none of its steps' sigmas"]
+            reasons = sorted({record.outcome for record in self.report.records}) or [
+                "no positive conditioning was evaluated at the sigma of a step"
+            ]
             logger.warning("DPT corrected no step of %d: %s", self.evaluations.count, "; ".join(reasons))
 
     def see(self, sigma: float) -> Now | None:

@@ -106,13 +106,12 @@ class Correction:
         return True
 
     def calc_cond_batch(self, executor: Any, model: Any, conds: list, x_in: torch.Tensor, timestep: torch.Tensor, options: dict) -> list:
-        """Wraps `calc_cond_batch`: which of the lists of conditionings is the positive one."""
+        """Wraps `calc_cond_batch`: which of the lists of conditionings is the positive one. Guidance of other nodes' making also
+        evaluates the negative one alone."""
         if self._run is None or not self.settings.condition_only:
             return executor(model, conds, x_in, timestep, options)
-        places = [place for place, entries in enumerate(conds) if entries is self._run.guider.conds["positive"]]
-        if len(places) != 1:
-            raise ValueError("the guider evaluates no positive conditioning as it is, which the mode condition-only of DPT corrects")
-        self._positive = places[0]
+        positive = self._run.guider.conds["positive"]
+        self._positive = next((place for place, entries in enumerate(conds) if entries is positive), None)
         try:
             return executor(model, conds, x_in, timestep, options)
         finally:

@@ -41,3 +41,11 @@ def library() -> Path:
     if not path:
         pytest.skip("SAMPLER_HOOK_LIBRARY names no library of the plugin")
     return Path(path)
+
+
+@pytest.fixture
+def adapters(library, monkeypatch):
+    """DPT Loader takes paths in place of names in models/dpt."""
+    from dpt import nodes
+
+    monkeypatch.setattr(nodes, "_path", lambda name: name)

@@ -194,9 +194,10 @@ def test_condition_only_knows_prompts_by_uuid():
     assert [number for number, *_ in seen] == [1, 0]
 
 
-def test_a_guider_that_evaluates_another_list_is_refused():
-    with pytest.raises(ValueError, match="no positive conditioning as it is"):
-        corrected_rows(POSITIVE, lambda positive: [list(positive), NEGATIVE], [])
+def test_an_evaluation_of_the_negative_list_alone_is_left_as_it_is():
+    """Self-attention guidance evaluates it once more."""
+    rows, seen = corrected_rows(POSITIVE, lambda positive: [NEGATIVE], [[(0, "uuid 5")]])
+    assert (rows, seen) == ([0, 0], [])
 
 
 def test_without_a_run_nothing_is_corrected():
