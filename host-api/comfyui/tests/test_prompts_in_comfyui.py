@@ -62,6 +62,12 @@ def test_prompts_with_areas_are_each_scored_on_theirs(mode):
     first = [record for record in report.records if record.step == 0]
     assert [record.prompt for record in first] == ([0, 1] if mode == "paper" else [record.prompt for record in first])
     assert sorted(record.prompt for record in first) == [0, 1]
+    # Each with its own text: as when it is the only one.
+    for number, only in enumerate((left, right)):
+        alone, other = apply(SD1.patcher(), load(), mode=mode, every=1000)
+        recorded_run(alone, positive=only)
+        [together] = [record for record in first if record.prompt == number]
+        assert [item.score for item in together.items] == pytest.approx([item.score for item in other.records[0].items], rel=1e-4)
     if mode == "paper":
         recorded, _ = SD1.correction("mid")
         scale = (float(tiny.ddim_sigmas(STEPS)[0]) ** 2 + 1) ** 0.5
