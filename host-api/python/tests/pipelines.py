@@ -37,7 +37,7 @@ def draw(pipe: Any, case: Case, steps: int = 6, prompt: Any = None, **more: Any)
     size = {} if "image" in more else {"height": 128, "width": 128, "latents": start}
     prompts = [PROMPT] * 2 if prompt is None else prompt
     known = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "latent", **size, **more}
-    return pipe(prompts, **known).images.float().numpy()
+    return pipe(prompts, **known).images.float().cpu().numpy()
 
 
 @contextmanager

@@ -141,3 +141,24 @@ def test_two_hundred_steps_take_no_more_memory(on_cuda: Make, case: Case) -> Non
 
         first = free_after(5)
         assert free_after(200) > first - 64 * 2**20
+
+
+@pytest.mark.parametrize("gradient", ["host", "plugin", "weights"])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_a_pipeline_of_diffusers_on_the_gpu(library: sh.Library, case: Case, gradient: str, device: str) -> None:
+    """Whole runs, with the adapter on either device, are PyTorch's on the CPU."""
+    pytest.importorskip("diffusers")
+    from pipelines import draw, pipeline
+
+    from sampler_hook import diffusers as shd
+
+    pipe = pipeline(case).to("cuda")
+    config = case.config(gradient="host", device=device)
+    try:
+        correction = shd.apply(pipe, config, gradient=gradient, library=library)
+    except sh.UnsupportedError as error:
+        pytest.skip(str(error))
+    with correction:
+        found = draw(pipe, case)
+    assert relative_error(found, case.tensors["latents.paper"][-1]) < 1e-2
+    assert relative_error(np.array(correction.scores), case.tensors["scores.paper"]) < 1e-2

@@ -184,7 +184,6 @@ __device__ void convolution_sum(const float *partial, const T *bias, const T *re
     }
 #define ONE(T, name)                                                                                                         \
     OF_SIZE(T, name, large, 128, 128, 2, 2)                                                                                  \
-    OF_SIZE(T, name, eight, 128, 128, 2, 4)                                                                                  \
     OF_SIZE(T, name, small, 64, 64, 2, 2)                                                                                    \
     extern "C" __global__ void convolution_sum_##name(const float *partial, const T *bias, const T *residual, T *y, Shape s) { \
         convolution_sum<T>(partial, bias, residual, y, s);                                                                   \
