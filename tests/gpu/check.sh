@@ -2,7 +2,7 @@
 # The tests that compare numbers, and the benchmarks, on a GPU: a driver, PyTorch for CUDA 13 (whose libraries the programs
 # load too) and diffusers are all it needs.
 #
-#     tests/gpu/check.sh PROGRAMS RESULTS      # PROGRAMS by build.sh, from a checkout at the same path; about 5 minutes
+#     tests/gpu/check.sh PROGRAMS RESULTS      # PROGRAMS by build.sh, from a checkout at the same path; 5 minutes
 #
 # RESULTS gets kernels.log, tests.log, python.log, what the benchmarks measured as JSON, and report.md. With ONLY_TESTS=1, no benchmarks.
 set -uo pipefail

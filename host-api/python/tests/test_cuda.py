@@ -145,13 +145,17 @@ def test_two_hundred_steps_take_no_more_memory(on_cuda: Make, case: Case) -> Non
 
 @pytest.mark.parametrize("gradient", ["host", "plugin", "weights"])
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_a_pipeline_of_diffusers_on_the_gpu(library: sh.Library, case: Case, gradient: str, device: str) -> None:
+def test_a_pipeline_of_diffusers_on_the_gpu(
+    library: sh.Library, case: Case, gradient: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole runs, with the adapter on either device, are PyTorch's on the CPU."""
     pytest.importorskip("diffusers")
     from pipelines import draw, pipeline
 
     from sampler_hook import diffusers as shd
 
+    # By default PyTorch rounds what it convolves there to ten bits.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipe = pipeline(case).to("cuda")
     config = case.config(gradient="host", device=device)
     try:
@@ -160,5 +164,5 @@ def test_a_pipeline_of_diffusers_on_the_gpu(library: sh.Library, case: Case, gra
         pytest.skip(str(error))
     with correction:
         found = draw(pipe, case)
-    assert relative_error(found, case.tensors["latents.paper"][-1]) < 1e-2
-    assert relative_error(np.array(correction.scores), case.tensors["scores.paper"]) < 1e-2
+    assert relative_error(found, case.tensors["latents.paper"][-1]) < 1e-3
+    assert relative_error(np.array(correction.scores), case.tensors["scores.paper"]) < 1e-3
