@@ -4,7 +4,7 @@ use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
 use candle_core::{DType, Tensor};
 
 use super::{EIGHT, Kernels, Ptx, channels_first, channels_last, ptx, takes, threads_for};
-use crate::Result;
+use crate::{Error, Result};
 
 const PTX: Ptx = Ptx { name: "convolution", source: ptx::CONVOLUTION };
 /// Of the contraction, a step's share.
@@ -101,6 +101,13 @@ fn convolve(
     let x = fill_up(&channels_last(x)?, 3)?.contiguous()?;
     let (batch, h, w, channels) = x.dims4()?;
     let outputs = if adjoint { kernel.inputs } else { kernel.outputs };
+    // The kernels count in 32 bits.
+    let largest = x.elem_count().max(batch * height * width * outputs);
+    if i32::try_from(largest).is_err() {
+        let message =
+            format!("a convolution of {largest} values on CUDA, at most {}: take fewer images at once", i32::MAX);
+        return Err(Error::Unsupported(message));
+    }
     let (_, weight_rows, weight_columns) = kernel.packed.dims3()?;
     let kernels = Kernels::of(&x);
     let y = kernels.output((batch, height, width, outputs))?;

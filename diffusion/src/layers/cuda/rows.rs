@@ -34,11 +34,10 @@ pub fn linear(x: Rows, weight: Rows, bias: Rows) -> Result<CudaStorage> {
 
 /// Layer norm of each row.
 pub fn layer_norm_rows(x: Rows, weight: Rows, bias: Rows, eps: f64) -> Result<CudaStorage> {
-    let [x_at, weight, bias] = [x, weight, bias];
     let kernels = Kernels { device: &x.0.device, dtype: DType::F32 };
     let y = kernels.storage(x.1.shape())?;
     let ((rows, width), eps) = (rows_and_width(x.1)?, eps as f32);
-    let (from, to) = (kernels.address_in(x_at.0, x_at.1)?, kernels.address_in(&y, &Layout::contiguous(x.1.shape()))?);
+    let (from, to) = (kernels.address_in(x.0, x.1)?, kernels.address_in(&y, &Layout::contiguous(x.1.shape()))?);
     let (weight, bias) = (kernels.address_in(weight.0, weight.1)?, kernels.address_in(bias.0, bias.1)?);
     let arguments: [&dyn Argument; 7] = [&from, &weight, &bias, &to, &rows, &width, &eps];
     // SAFETY: the arguments of the kernel, a warp to a row.
