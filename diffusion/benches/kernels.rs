@@ -11,7 +11,8 @@ use std::time::Instant;
 
 use diffusion::kernels::{
     AttentionSizes, Convolution, GroupNormSizes, Kernel, attend_heads, attend_heads_vjp, geglu_rows, geglu_rows_vjp,
-    group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_vjp, linear_rows, softmax_rows,
+    group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_vjp, linear_rows, linear_rows_vjp,
+    softmax_rows,
 };
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -177,11 +178,13 @@ fn linear_maps(bench: &Bench) {
         (8192, 320, 320),
         (8192, 320, 2560),
         (2048, 640, 640),
-        (2048, 640, 5120),
         (512, 1280, 1280),
         (256, 1280, 10240),
         (128, 1280, 1280),
+        (64, 1280, 1280),
+        (64, 1280, 10240),
         (64, 5120, 1280),
+        (16, 1280, 1280),
         (16, 1280, 10240),
     ] {
         let (inputs, outputs) = (bench.size(inputs), bench.size(outputs));
@@ -189,6 +192,10 @@ fn linear_maps(bench: &Bench) {
         let what = format!("linear map of {rows} rows, {inputs} to {outputs}");
         bench.row(&what, Work::Operations(2 * rows * inputs * outputs), || {
             _ = black_box(linear_rows(&x, &weight, &bias, inputs))
+        });
+        let dy = numbers(rows * outputs);
+        bench.row(&format!("{what}, backward"), Work::Operations(2 * rows * inputs * outputs), || {
+            _ = black_box(linear_rows_vjp(&dy, &weight, outputs))
         });
     }
 }

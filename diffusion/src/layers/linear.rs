@@ -91,7 +91,11 @@ impl Linear {
         if cuda::takes(x) {
             return cuda::channels_first(&self.forward(&cuda::channels_last(x)?)?);
         }
-        let y = matmul_channels(&self.weight, x)?;
+        let x = x.contiguous()?;
+        if let Some(y) = cpu::linear_channels(&x, &self.weight, self.bias.as_ref())? {
+            return Ok(y);
+        }
+        let y = matmul_channels(&self.weight, &x)?;
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
             None => y,
@@ -104,7 +108,11 @@ impl Linear {
         if cuda::takes(dy) {
             return cuda::channels_first(&self.vjp(&cuda::channels_last(dy)?)?);
         }
-        matmul_channels(&self.weight.t()?, dy)
+        let dy = dy.contiguous()?;
+        if let Some(dx) = cpu::linear_channels_vjp(&dy, &self.weight)? {
+            return Ok(dx);
+        }
+        matmul_channels(&self.weight.t()?, &dy)
     }
 }
 
@@ -120,7 +128,7 @@ fn matmul_channels(matrix: &Tensor, x: &Tensor) -> Result<Tensor> {
     let (b, _, h, w) = x.dims4()?;
     let (outputs, inputs) = matrix.dims2()?;
     // The matrix is broadcast over the batch with stride zero: no copy.
-    let y = matrix.broadcast_as((b, outputs, inputs))?.matmul(&x.contiguous()?.reshape((b, inputs, h * w))?)?;
+    let y = matrix.broadcast_as((b, outputs, inputs))?.matmul(&x.reshape((b, inputs, h * w))?)?;
     Ok(y.reshape((b, outputs, h, w))?)
 }
 

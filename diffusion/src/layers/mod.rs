@@ -31,7 +31,8 @@ pub(crate) mod kernels {
     pub use super::cpu::{
         AttentionSizes, Bias, Convolution, Cotangents, GroupNormSizes, Kernel, attend_heads, attend_heads_vjp,
         geglu_rows, geglu_rows_vjp, group_norm_planes, group_norm_planes_vjp, layer_norm_rows,
-        layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, softmax_rows, softmax_rows_vjp,
+        layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, linear_rows_vjp, softmax_rows,
+        softmax_rows_vjp,
     };
     /// The same for tensors on CUDA, as operations of candle's autograd want them.
     #[cfg(feature = "cuda")]

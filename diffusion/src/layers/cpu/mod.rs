@@ -13,6 +13,7 @@ mod memory;
 mod norm;
 mod product;
 mod simd;
+mod skinny;
 mod softmax;
 mod tile;
 mod transpose;
@@ -27,8 +28,8 @@ pub use convolution::{Bias, Convolution, Kernel};
 pub(super) use convolution::{conv3x3, conv3x3_vjp};
 pub(super) use geglu::{geglu, geglu_vjp};
 pub use geglu::{geglu_rows, geglu_rows_vjp};
-pub use linear::linear_rows;
-pub(super) use linear::{linear, linear_vjp};
+pub(super) use linear::{linear, linear_channels, linear_channels_vjp, linear_vjp};
+pub use linear::{linear_rows, linear_rows_vjp};
 pub(crate) use lora::lora_vjp;
 pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
 pub use norm::{
@@ -188,7 +189,9 @@ mod tests {
 
     #[test]
     fn linear_maps() {
-        for (inputs, outputs, tokens) in [(1, 1, 1), (5, 3, 7), (64, 96, 40)] {
+        // Rows of weights that fill tiles and do not, sums in several blocks, and tokens in several panels, passes and methods.
+        let sizes = [(1, 1, 1), (5, 3, 7), (16, 13, 3), (64, 96, 40), (320, 31, 77), (640, 8, 100), (32, 12, 200)];
+        for (inputs, outputs, tokens) in sizes {
             let (wide, narrow) = both(&[("weight", &[outputs, inputs]), ("bias", &[outputs])]);
             let load = |file: &Checkpoint| Linear::load(&file.root(), inputs, outputs).unwrap();
             let x = values(0, (2, tokens, inputs));
@@ -207,6 +210,46 @@ mod tests {
             );
             let strided = values(1, (2, inputs, tokens)).t().unwrap();
             same("strided", load(&narrow).forward(&single(&strided)), load(&wide).forward(&strided));
+        }
+    }
+
+    #[test]
+    fn linear_maps_of_channels() {
+        for (inputs, outputs, h, w) in [(3, 5, 2, 3), (16, 1, 1, 1), (320, 25, 4, 4), (48, 14, 9, 13), (32, 40, 12, 12)]
+        {
+            let (wide, narrow) = both(&[("weight", &[outputs, inputs, 1, 1]), ("bias", &[outputs])]);
+            let load = |file: &Checkpoint| Linear::load_conv1x1(&file.root(), inputs, outputs).unwrap();
+            let (x, dy) = (values(0, (3, inputs, h, w)), values(1, (3, outputs, h, w)));
+            same("forward", load(&narrow).forward_channels(&single(&x)), load(&wide).forward_channels(&x));
+            same("backward", load(&narrow).vjp_channels(&single(&dy)), load(&wide).vjp_channels(&dy));
+        }
+    }
+
+    /// To the bit, as of convolutions.
+    #[test]
+    fn an_item_has_the_same_linear_map_in_any_batch() {
+        let (_, file) = both(&[("weight", &[40, 160]), ("bias", &[40])]);
+        let linear = Linear::load(&file.root(), 160, 40).unwrap();
+        let assert_alone = |what: &str, x: &Tensor, map: &dyn Fn(&Tensor) -> Result<Tensor>| {
+            let all = map(x).unwrap();
+            for item in [0, 4] {
+                let alone = map(&x.narrow(0, item, 1).unwrap()).unwrap();
+                assert_eq!(numbers(&alone), numbers(&all.narrow(0, item, 1).unwrap()), "{what} {:?}", x.dims());
+            }
+        };
+        for tokens in [1, 16, 77, 300] {
+            let (x, dy) = (single(&values(0, (5, tokens, 160))), single(&values(1, (5, tokens, 40))));
+            assert_alone("forward", &x, &|x| linear.forward(x));
+            assert_alone("backward", &dy, &|dy| linear.vjp(dy));
+        }
+        assert_alone("a row", &single(&values(0, (5, 160))), &|x| linear.forward(x));
+        let (_, file) = both(&[("weight", &[40, 160, 1, 1]), ("bias", &[40])]);
+        let linear = Linear::load_conv1x1(&file.root(), 160, 40).unwrap();
+        for side in [1, 4, 8, 12] {
+            let x = single(&values(0, (5, 160, side, side)));
+            assert_alone("channels", &x, &|x| linear.forward_channels(x));
+            let dy = single(&values(1, (5, 40, side, side)));
+            assert_alone("channels, backward", &dy, &|dy| linear.vjp_channels(dy));
         }
     }
 

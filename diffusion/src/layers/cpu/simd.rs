@@ -67,6 +67,49 @@ pub(super) trait Vectors: Simd {
     fn scaled_plus(self, factor: f32, x: Self::f32s, y: Self::f32s) -> Self::f32s {
         self.mul_add_f32s(self.splat_f32s(factor), x, y)
     }
+
+    /// A vector from `values[at..]`, with zeros beyond the end.
+    ///
+    /// # Safety
+    /// `at` is not beyond the end.
+    #[inline(always)]
+    unsafe fn load_up_to(self, values: &[f32], at: usize) -> Self::f32s {
+        // SAFETY: the caller's, and the length is looked at.
+        unsafe {
+            if values.len() - at >= Self::F32_LANES {
+                self.load(values.as_ptr().add(at))
+            } else {
+                self.partial_load_f32s(values.get_unchecked(at..))
+            }
+        }
+    }
+
+    /// The first `count` values of a vector.
+    ///
+    /// # Safety
+    /// There is room for them, which nobody else uses.
+    #[inline(always)]
+    unsafe fn store_up_to(self, at: *mut f32, count: usize, values: Self::f32s) {
+        // SAFETY: the caller's.
+        unsafe {
+            if count == Self::F32_LANES {
+                self.store(at, values);
+            } else {
+                self.partial_store_f32s(std::slice::from_raw_parts_mut(at, count), values);
+            }
+        }
+    }
+
+    /// # Safety
+    /// There is room for as many values, which nobody else uses.
+    #[inline(always)]
+    unsafe fn store_all(self, to: *mut f32, values: &[f32]) {
+        for at in (0..values.len()).step_by(Self::F32_LANES) {
+            let count = Self::F32_LANES.min(values.len() - at);
+            // SAFETY: the caller's.
+            unsafe { self.store_up_to(to.add(at), count, self.load_up_to(values, at)) };
+        }
+    }
 }
 
 impl<S: Simd> Vectors for S {}
@@ -74,16 +117,35 @@ impl<S: Simd> Vectors for S {}
 /// Asks for a `1 / parts` of values, which need not be memory of ours, to be fetched into the second-level cache.
 #[inline(always)]
 pub(super) fn prefetch(values: *const f32, count: usize, part: usize, parts: usize) {
+    const LINE: usize = 16;
+    let lines = count.div_ceil(LINE * parts);
+    for line in part * lines..((part + 1) * lines).min(count.div_ceil(LINE)) {
+        prefetch_line(values.wrapping_add(line * LINE));
+    }
+}
+
+/// Asks likewise for what is in a line of the cache with a value.
+#[inline(always)]
+pub(super) fn prefetch_line(value: *const f32) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        const LINE: usize = 16;
-        let lines = count.div_ceil(LINE * parts);
-        for line in part * lines..((part + 1) * lines).min(count.div_ceil(LINE)) {
-            // SAFETY: a prefetch reads nothing and never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(values.wrapping_add(line * LINE).cast()) };
-        }
+        // SAFETY: a prefetch reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(value.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, count, part, parts);
+    let _ = value;
+}
+
+/// [`prefetch_line`] into the first-level cache.
+#[inline(always)]
+pub(super) fn prefetch_line_close(value: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(value.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = value;
 }

@@ -91,15 +91,33 @@ impl Tile {
                 }
                 (a, b) = (a.add(DEPTH), b.add(V * lanes));
             }
-            for i in 0..R {
-                for j in 0..V {
-                    let at = self.c.add((first + i) * self.stride + j * lanes);
-                    let sum = match self.before {
-                        Before::Replaced => sums[i][j],
-                        Before::AddedTo => simd.add_f32s(simd.load(at), sums[i][j]),
-                    };
-                    simd.store(at, sum);
-                }
+            put_away(simd, sums, self.before, self.c.add(first * self.stride), self.stride);
+        }
+    }
+}
+
+/// Sums to rows of `c`, `stride` values apart.
+///
+/// # Safety
+/// The rows are there, and nobody else uses them.
+#[inline(always)]
+pub(super) unsafe fn put_away<S: Simd, const R: usize, const V: usize>(
+    simd: S,
+    sums: [[S::f32s; V]; R],
+    before: Before,
+    c: *mut f32,
+    stride: usize,
+) {
+    for i in 0..R {
+        for j in 0..V {
+            // SAFETY: the caller's.
+            unsafe {
+                let at = c.add(i * stride + j * S::F32_LANES);
+                let sum = match before {
+                    Before::Replaced => sums[i][j],
+                    Before::AddedTo => simd.add_f32s(simd.load(at), sums[i][j]),
+                };
+                simd.store(at, sum);
             }
         }
     }

@@ -1,75 +1,91 @@
-//! By definition: a lane is an output's pixel, counted over the batch, in rows; an element is the pixel that a tap sees. All nine
-//! add to one sum.
+//! By definition: a lane is an output's pixel, counted over the batch, in rows, and its column what each tap sees of each channel.
 
-use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use pulp::Simd;
 
-use super::method::{Input, Method, Output, place};
+use super::super::memory::Shared;
+use super::super::simd::Vectors;
+use super::super::skinny::{Columns, Rows, by_item};
 use super::{Convolution, TAPS};
 
-pub(super) struct Direct;
+pub(super) struct Direct<'a> {
+    pub(super) convolution: &'a Convolution<'a>,
+    pub(super) y: &'a Shared,
+}
 
-impl Method for Direct {
-    const ELEMENTS: usize = TAPS;
-    const SUMS: usize = 1;
-    const PANELS: usize = 8;
+/// What column `v` of a kernel sees of an image's line, with zeros around it.
+#[inline(always)]
+fn see<S: Simd>(simd: S, line: &[f32], stride: usize, v: usize, seen: &mut [f32]) {
+    if v == 0 {
+        seen[0] = 0.;
+    }
+    let first = usize::from(v == 0);
+    let values = &line[stride * first + v - 1..];
+    if stride == 1 {
+        let count = values.len().min(seen.len() - first);
+        let (within, rest) = seen[first..].split_at_mut(count);
+        // SAFETY: as many values.
+        unsafe { simd.store_all(within.as_mut_ptr(), &values[..count]) };
+        rest.fill(0.);
+    } else {
+        let at = |c: usize| values.get(stride * c).copied().unwrap_or(0.);
+        seen[first..].iter_mut().enumerate().for_each(|(c, seen)| *seen = at(c));
+    }
+}
 
-    fn lanes(c: &Convolution) -> usize {
-        c.batch * c.rows() * c.columns()
+impl Columns<TAPS> for Direct<'_> {
+    fn lanes(&self) -> usize {
+        self.convolution.batch * self.convolution.rows() * self.convolution.columns()
     }
 
     #[inline(always)]
-    fn take_input<S: Simd>(_: S, input: Input) {
-        let Input { convolution: c, panels, lanes: pixels, channel, v, scratch } = input;
-        // A line of the image with zeros around it.
-        scratch.clear();
-        scratch.resize(c.width + 2, 0.);
-        let mut pixel = pixels.start;
-        while pixel < pixels.end {
-            let (item, row, column) = place(pixel, c.rows(), c.columns());
-            let count = (c.columns() - column).min(pixels.end - pixel);
-            let image = &c.x[(item * c.inputs + channel) * c.height * c.width..][..c.height * c.width];
-            for u in 0..3 {
-                let source = (c.stride * row + u).checked_sub(1).filter(|source| *source < c.height);
-                match source {
-                    None => scratch.fill(0.),
-                    Some(source) => scratch[1..1 + c.width].copy_from_slice(&image[source * c.width..][..c.width]),
-                }
-                for tap in 3 * u..3 * u + 3 {
-                    let seen = &scratch[tap % 3 + c.stride * column..];
-                    let mut done = 0;
-                    while done < count {
-                        let lane = pixel - pixels.start + done;
-                        let run = (panels.width - lane % panels.width).min(count - done);
-                        let at = v.at(panels.at(lane / panels.width, tap, channel) + lane % panels.width);
-                        // SAFETY: lanes of this channel, which is this task's.
-                        let lanes = unsafe { std::slice::from_raw_parts_mut(at.cast::<MaybeUninit<f32>>(), run) };
-                        let values = seen[c.stride * done..].iter().step_by(c.stride);
-                        lanes.iter_mut().zip(values).for_each(|(lane, value)| _ = lane.write(*value));
-                        done += run;
+    fn lay_out<S: Simd>(&self, simd: S, mut rows: Rows<TAPS>) {
+        let c = self.convolution;
+        let (width, stride) = (c.columns(), c.stride);
+        // What the taps of each column of the kernel see, a line of the image after the other: of stride 2 those at even places, then
+        // those at odd ones. The pixels of an item are in a row there for each tap.
+        let mut lines = Vec::new();
+        for channel in rows.channels.clone() {
+            let mut lane = 0;
+            for (item, pixels) in by_item(rows.lanes.clone(), c.rows() * width) {
+                let image = &c.x[(item * c.inputs + channel) * c.height * c.width..][..c.height * c.width];
+                let (top, bottom) = (pixels.start / width, (pixels.end - 1) / width);
+                let seen = bottom - top + 3;
+                lines.resize(3 * stride * seen * width, 0.);
+                for v in 0..3 {
+                    for i in 0..stride * (bottom - top) + 3 {
+                        let line = &mut lines[((v * stride + i % stride) * seen + i / stride) * width..][..width];
+                        match (stride * top + i).checked_sub(1).filter(|source| *source < c.height) {
+                            Some(source) => see(simd, &image[source * c.width..][..c.width], stride, v, line),
+                            None => line.fill(0.),
+                        }
                     }
                 }
+                for tap in 0..TAPS {
+                    let (u, v) = (tap / 3, tap % 3);
+                    let first = ((v * stride + u % stride) * seen + u / stride) * width + pixels.start - top * width;
+                    let tap = if c.kernel.flipped { TAPS - 1 - tap } else { tap };
+                    let row = &mut rows.of(channel, tap)[lane..][..pixels.len()];
+                    // SAFETY: as many values.
+                    unsafe { simd.store_all(row.as_mut_ptr().cast(), &lines[first..][..pixels.len()]) };
+                }
+                lane += pixels.len();
             }
-            pixel += count;
         }
     }
 
     #[inline(always)]
-    fn kernel<'a, S: Simd>(_: S, taps: &'a [f32], _: &'a mut Vec<f32>, _: usize) -> &'a [f32] {
-        taps
-    }
-
-    #[inline(always)]
-    unsafe fn write<S: Simd>(_: S, output: Output) {
-        let (c, pixels) = (output.convolution, output.lanes.clone());
-        let mut pixel = pixels.start;
-        while pixel < pixels.end {
-            let at = place(pixel, c.rows(), c.columns());
-            let count = (c.columns() - at.2).min(pixels.end - pixel);
-            // SAFETY: the caller's.
-            unsafe { output.write_row(at, &output.sums[pixel - pixels.start..][..count]) };
-            pixel += count;
+    unsafe fn write<S: Simd>(&self, _: S, outputs: Range<usize>, lanes: Range<usize>, sums: &[f32], stride: usize) {
+        let c = self.convolution;
+        for (output, sums) in outputs.zip(sums.chunks(stride)) {
+            let mut lane = 0;
+            for (item, pixels) in by_item(lanes.clone(), c.rows() * c.columns()) {
+                let values = &sums[lane..][..pixels.len()];
+                // SAFETY: the caller's.
+                unsafe { c.write(self.y, (item, output, pixels.start), values) };
+                lane += pixels.len();
+            }
         }
     }
 }

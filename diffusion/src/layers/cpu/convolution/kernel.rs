@@ -11,7 +11,7 @@ pub struct Kernel<'a> {
     /// From an output channel to the next, and from an input channel to the next.
     strides: (usize, usize),
     /// Whether the taps lie in reverse order.
-    flipped: bool,
+    pub(super) flipped: bool,
 }
 
 impl<'a> Kernel<'a> {

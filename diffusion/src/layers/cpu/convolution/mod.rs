@@ -1,23 +1,27 @@
 //! 3x3 convolutions, padding 1, as products of matrices: outputs by input channels with input channels by lanes, where a lane is a
-//! tile of outputs ([`winograd`]) or a single one ([`direct`]), whichever is less to do. Weights and inputs are laid out for that
-//! a block at a time, in the cache; the inputs' blocks once for all outputs.
+//! tile of outputs ([`winograd`]) or a single one ([`direct`]), whichever is less to do.
 
 mod direct;
 mod kernel;
-mod method;
 mod winograd;
+
+use std::mem::MaybeUninit;
 
 use candle_core::Tensor;
 
-use super::memory::by_pieces;
+use super::memory::{Shared, by_pieces, written};
+use super::skinny::{self, WORTHWHILE, Weights};
 use super::{LEAST, Values, tensor};
 use crate::Result;
 use direct::Direct;
 pub use kernel::Kernel;
-use method::Method;
-use winograd::Winograd;
 
 const TAPS: usize = 9;
+
+/// Item, row and column of the `index`-th of the batch's places, `rows x columns` to an item.
+fn place(index: usize, rows: usize, columns: usize) -> (usize, usize, usize) {
+    (index / (rows * columns), index / columns % rows, index % columns)
+}
 
 /// A 3x3 convolution, padding 1, stride 1 or 2, with its bias, `[out]` or for each item its own `[B, out]`, and a tensor of the
 /// result's shape that is to be added: `[B, in, h, w]` and `[out, in, 3, 3]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
@@ -156,15 +160,40 @@ impl Convolution<'_> {
         assert!(self.residual.is_none_or(|residual| residual.len() == pixels * self.outputs), "values of a residual");
         let of_bias = |bias: &Bias| bias.stride * (self.batch - 1) + self.outputs;
         assert!(self.bias.is_none_or(|bias| bias.values.len() >= of_bias(&bias)), "values of a bias");
-        // For each pair of channels; the kernel's transform takes the time of some products. By one image alone, so that it has
-        // the same result in whatever batch.
-        const TRANSFORM: usize = 300;
+        // Products for each pair of channels. The kernel's transform takes the time of some; less for each of many images. By one image
+        // alone, so that it has the same result in whatever batch.
+        let transform = if pairs * TAPS >= WORTHWHILE { 660 } else { 300 };
         let image = Self { batch: 1, ..*self };
-        let tiled = Winograd::ELEMENTS * Winograd::lanes(&image) + TRANSFORM;
-        if self.stride == 1 && tiled < TAPS * Direct::lanes(&image) {
-            self.compute_by::<Winograd>()
-        } else {
-            self.compute_by::<Direct>()
+        let tiled = winograd::ELEMENTS * winograd::tiles(&image) + transform;
+        if self.stride == 1 && tiled < TAPS * image.rows() * image.columns() {
+            return self.compute_by_tiles();
+        }
+        let weights = match self.kernel.flipped {
+            false => Weights::by_output(self.kernel.values, self.outputs, self.inputs),
+            true => Weights::by_channel(self.kernel.values, self.outputs, self.inputs),
+        };
+        // SAFETY: every output's pixels in all lanes are written.
+        unsafe { written(pixels * self.outputs, |y| skinny::multiply(weights, &Direct { convolution: self, y })) }
+    }
+
+    /// Writes pixels of an item's output channel, from one on, with bias and residual.
+    ///
+    /// # Safety
+    /// Nobody else uses them.
+    #[inline(always)]
+    unsafe fn write(&self, y: &Shared, (item, output, pixel): (usize, usize, usize), values: &[f32]) {
+        let plane = self.rows() * self.columns();
+        assert!(item < self.batch && output < self.outputs && pixel + values.len() <= plane);
+        let at = (item * self.outputs + output) * plane + pixel;
+        let bias = self.bias.map_or(0., |bias| bias.values[item * bias.stride + output]);
+        // SAFETY: the caller's; they are within the plane.
+        let pixels = unsafe { std::slice::from_raw_parts_mut(y.at(at).cast::<MaybeUninit<f32>>(), values.len()) };
+        match self.residual {
+            None => pixels.iter_mut().zip(values).for_each(|(y, value)| _ = y.write(value + bias)),
+            Some(residual) => {
+                let sums = values.iter().zip(&residual[at..]).map(|(value, residual)| value + bias + residual);
+                pixels.iter_mut().zip(sums).for_each(|(y, sum)| _ = y.write(sum));
+            }
         }
     }
 }
