@@ -1,11 +1,12 @@
 //! The kernels of the CPU at the sizes of Stable Diffusion 2.1, against what this machine can do: multiplications and additions on
-//! registers alone, and reading memory that no cache holds.
+//! registers alone, and reading memory that no cache holds, as weights are.
 //!
 //! `cargo bench -p diffusion` prints a table, `cargo bench -p diffusion -- convolution` that of the kernels so named, and `cargo
 //! bench -p diffusion -- --quick` runs everything once at small sizes. The least of several times counts: other programs can only
 //! make it longer.
 #![allow(clippy::needless_range_loop, reason = "iterators between vectors may not be inlined")]
 
+use std::cell::Cell;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -28,6 +29,9 @@ struct Bench {
     /// Of all threads: 1e9 floating-point operations, and bytes, a second.
     gflops: f64,
     gbytes: f64,
+    /// More than any cache holds. Weights are taken from it, others each time: a layer's are used once in a pass over a model.
+    memory: Vec<f32>,
+    taken: Cell<usize>,
 }
 
 /// What a kernel does at least.
@@ -57,6 +61,13 @@ impl Bench {
             Work::Bytes(n) => (n as f64 / seconds / 1e9, "GB/s", self.gbytes),
         };
         println!("| {what} | {:.2} | {rate:.0} {unit} | {:.0} % |", 1e3 * seconds, 100. * rate / of);
+    }
+
+    /// The next values of the memory.
+    fn weights(&self, count: usize) -> &[f32] {
+        let first = if self.taken.get() + count > self.memory.len() { 0 } else { self.taken.get() };
+        self.taken.set(first + count);
+        &self.memory[first..][..count]
     }
 
     /// A length of an image's side, or of a row of channels.
@@ -110,22 +121,22 @@ fn lanes() -> usize {
 fn main() {
     // cargo adds `--bench`.
     let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
-    let mut bench = Bench { quick: std::env::args().any(|a| a == "--quick"), only, gflops: 0., gbytes: 0. };
+    let quick = std::env::args().any(|a| a == "--quick");
+    let memory = numbers(if quick { 1 << 20 } else { 1 << 28 });
+    let mut bench = Bench { quick, only, gflops: 0., gbytes: 0., memory, taken: Cell::new(0) };
     let threads = rayon::current_num_threads();
     let times = if bench.quick { 1 << 16 } else { 1 << 24 };
     let on_all = |run: &(dyn Fn() -> f32 + Sync)| rayon::broadcast(|_| black_box(run()));
     let seconds = bench.least_seconds(|| _ = on_all(&|| Arch::new().dispatch(Multiplications(times))));
     bench.gflops = (threads * times * 24 * 2 * lanes()) as f64 / seconds / 1e9;
-    let values = numbers(if bench.quick { 1 << 20 } else { 1 << 28 });
     let sum = |part: &[f32]| {
         let mut sums = [0f32; 64];
         part.as_chunks::<64>().0.iter().for_each(|values| (0..64).for_each(|i| sums[i] += values[i]));
         sums.iter().sum::<f32>()
     };
-    let part = values.len().div_ceil(threads);
-    let seconds = bench.least_seconds(|| _ = black_box(values.par_chunks(part).map(sum).sum::<f32>()));
-    bench.gbytes = (4 * values.len()) as f64 / seconds / 1e9;
-    drop(values);
+    let part = bench.memory.len().div_ceil(threads);
+    let seconds = bench.least_seconds(|| _ = black_box(bench.memory.par_chunks(part).map(sum).sum::<f32>()));
+    bench.gbytes = (4 * bench.memory.len()) as f64 / seconds / 1e9;
     println!("{threads} threads: {:.0} GFLOP/s on registers, {:.1} GB/s from memory\n", bench.gflops, bench.gbytes);
     println!("| kernel | ms | rate | of the machine's |\n|---|---|---|---|");
     convolutions(&bench);
@@ -148,15 +159,13 @@ fn convolutions(bench: &Bench) {
     ];
     for (inputs, outputs, side, batch) in all {
         let (inputs, outputs) = (bench.size(inputs), bench.size(outputs));
-        let kernel = numbers(inputs * outputs * 9);
         let pixels = batch * side * side;
         for adjoint in [false, true] {
             let (from, to) = if adjoint { (outputs, inputs) } else { (inputs, outputs) };
             let x = numbers(pixels * from);
-            let kernel = if adjoint { Kernel::adjoint(&kernel, inputs) } else { Kernel::new(&kernel, inputs) };
-            let size = Convolution {
+            let convolution = |weights| Convolution {
                 x: &x,
-                kernel,
+                kernel: if adjoint { Kernel::adjoint(weights, inputs) } else { Kernel::new(weights, inputs) },
                 bias: None,
                 residual: None,
                 batch,
@@ -168,7 +177,9 @@ fn convolutions(bench: &Bench) {
             };
             let whose = if adjoint { "convolution's adjoint" } else { "convolution" };
             let what = format!("3x3 {whose}, {from} to {to}, {batch} of {side}x{side}");
-            bench.row(&what, Work::Operations(2 * 9 * inputs * outputs * pixels), || _ = black_box(size.compute()));
+            bench.row(&what, Work::Operations(2 * 9 * inputs * outputs * pixels), || {
+                _ = black_box(convolution(bench.weights(9 * inputs * outputs)).compute())
+            });
         }
     }
 }
@@ -188,14 +199,13 @@ fn linear_maps(bench: &Bench) {
         (16, 1280, 10240),
     ] {
         let (inputs, outputs) = (bench.size(inputs), bench.size(outputs));
-        let (x, weight, bias) = (numbers(rows * inputs), numbers(outputs * inputs), numbers(outputs));
+        let (x, dy, bias) = (numbers(rows * inputs), numbers(rows * outputs), numbers(outputs));
         let what = format!("linear map of {rows} rows, {inputs} to {outputs}");
         bench.row(&what, Work::Operations(2 * rows * inputs * outputs), || {
-            _ = black_box(linear_rows(&x, &weight, &bias, inputs))
+            _ = black_box(linear_rows(&x, bench.weights(outputs * inputs), &bias, inputs))
         });
-        let dy = numbers(rows * outputs);
         bench.row(&format!("{what}, backward"), Work::Operations(2 * rows * inputs * outputs), || {
-            _ = black_box(linear_rows_vjp(&dy, &weight, outputs))
+            _ = black_box(linear_rows_vjp(&dy, bench.weights(outputs * inputs), outputs))
         });
     }
 }
