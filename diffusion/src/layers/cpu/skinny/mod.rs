@@ -1,6 +1,8 @@
 //! Products of a matrix of weights with few columns ("skinny"): weights are read where they lie, once for as many columns as a task
 //! has, and only the columns are laid out. Where there are many columns, laying out the weights as well pays.
 
+mod tile;
+
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -10,8 +12,9 @@ use rayon::prelude::*;
 use super::LEAST;
 use super::memory::{Shared, written};
 use super::product::Before;
-use super::simd::{Vectors, lanes, prefetch_line, prefetch_line_close, widest};
-use super::tile::{ROWS, VECTORS, panels, put_away};
+use super::simd::{lanes, widest};
+use super::tile::{ROWS, VECTORS, panels};
+use tile::{Upcoming, WeightsTile};
 
 /// Terms of a sum that are multiplied at a time: those of a panel's columns stay in the first-level cache, and a task's weights, with
 /// those that come next, in the second.
@@ -203,9 +206,10 @@ impl<C: Columns<TAPS>, const TAPS: usize> WithSimd for Multiply<'_, C, TAPS> {
         assert!(v.len() >= weights.depth() * stride && outputs.end <= weights.outputs);
         for first in (0..channels).step_by(Weights::<TAPS>::BLOCK) {
             let block = weights.block(first);
-            let ahead = if block.end < channels { block.len() * strides.1 } else { 0 };
-            let turns = lanes.len().div_ceil(VECTORS * S::F32_LANES);
-            for (turn, (lane, width)) in panels(lanes.len(), S::F32_LANES).enumerate() {
+            let tiles = lanes.len().div_ceil(VECTORS * S::F32_LANES) * outputs.len().div_ceil(ROWS);
+            let runs = tiles * block.len().div_ceil(WeightsTile::<TAPS>::RUN);
+            let mut upcoming = Upcoming::of(weights, &outputs, weights.block(block.end), runs);
+            for (lane, width) in panels(lanes.len(), S::F32_LANES) {
                 for row in outputs.clone().step_by(ROWS) {
                     // SAFETY: the lengths were looked at, here and as the weights were made.
                     unsafe {
@@ -217,144 +221,13 @@ impl<C: Columns<TAPS>, const TAPS: usize> WithSimd for Multiply<'_, C, TAPS> {
                             c: sums.as_mut_ptr().add((row - outputs.start) * stride + lane),
                             stride,
                             before: if first == 0 { Before::Replaced } else { Before::AddedTo },
-                            ahead,
-                            turn,
-                            turns,
                         };
-                        tile.multiply(simd, ROWS.min(outputs.end - row), width);
+                        tile.multiply(simd, ROWS.min(outputs.end - row), width, &mut upcoming);
                     }
                 }
             }
         }
         // SAFETY: these outputs in these lanes are this task's.
         unsafe { columns.write(simd, outputs, lanes, sums, stride) };
-    }
-}
-
-/// As [`super::tile::Tile`], of up to [`ROWS`] outputs, with weights where they lie for a.
-#[derive(Clone, Copy)]
-struct WeightsTile<const TAPS: usize> {
-    channels: usize,
-    weights: *const f32,
-    strides: (usize, usize),
-    b: *const f32,
-    c: *mut f32,
-    stride: usize,
-    before: Before,
-    /// To the same outputs' weights in the next block, which are to be on their way from memory meanwhile.
-    ahead: usize,
-    /// Of as many tiles with the same weights, each asks for its part of those.
-    turns: usize,
-    turn: usize,
-}
-
-impl<const TAPS: usize> WeightsTile<TAPS> {
-    /// Channels between asking for weights and asking again.
-    const RUN: usize = if TAPS < 8 { 8 } else { 1 };
-
-    /// # Safety
-    /// Weights, panels and rows lie in memory as described, and nobody else uses those of `c`.
-    #[inline(always)]
-    unsafe fn multiply<S: Simd>(self, simd: S, rows: usize, width: usize) {
-        // SAFETY: the caller's.
-        unsafe {
-            match width == S::F32_LANES {
-                true => self.columns::<S, 1>(simd, rows),
-                false => self.columns::<S, VECTORS>(simd, rows),
-            }
-        }
-    }
-
-    /// As many rows at a time as fill the registers, as [`super::tile::Tile`] has them, and fewer where fewer are left.
-    #[inline(always)]
-    unsafe fn columns<S: Simd, const V: usize>(self, simd: S, rows: usize) {
-        const HALF: usize = ROWS / 2;
-        const FEWER: usize = 4;
-        let mut done = 0;
-        while done < rows {
-            // SAFETY: the caller's.
-            unsafe {
-                let rest = Self {
-                    weights: self.weights.add(done * self.strides.0),
-                    c: self.c.add(done * self.stride),
-                    ..self
-                };
-                done += match rows - done {
-                    ROWS.. if S::REGISTER_COUNT >= 32 => rest.rows::<S, ROWS, V>(simd),
-                    HALF.. if S::REGISTER_COUNT < 32 => rest.rows::<S, HALF, V>(simd),
-                    FEWER.. => rest.rows::<S, FEWER, V>(simd),
-                    _ => rest.rows::<S, 1, V>(simd),
-                };
-            }
-        }
-    }
-
-    /// `R` rows of `V` vectors; gives `R`.
-    #[inline(always)]
-    unsafe fn rows<S: Simd, const R: usize, const V: usize>(self, simd: S) -> usize {
-        // SAFETY: the caller's.
-        unsafe {
-            match self.strides.0 == TAPS {
-                // Known as this is compiled.
-                true => self.rows_apart::<S, R, V>(simd, TAPS),
-                false => self.rows_apart::<S, R, V>(simd, self.strides.0),
-            }
-        }
-        R
-    }
-
-    /// Rows whose weights are `row` values apart.
-    #[inline(always)]
-    unsafe fn rows_apart<S: Simd, const R: usize, const V: usize>(self, simd: S, row: usize) {
-        let lanes = S::F32_LANES;
-        let mut sums = [[simd.splat_f32s(0.); V]; R];
-        // SAFETY: the caller's.
-        unsafe {
-            let (mut a, mut b, mut turn, mut channel) = (self.weights, self.b, self.turn, 0);
-            while channel < self.channels {
-                let run = Self::RUN.min(self.channels - channel);
-                if turn == 0 {
-                    turn = self.turns;
-                    for i in 0..run {
-                        prefetch_rows::<TAPS, R>(a.wrapping_add(self.ahead + i * self.strides.1), row);
-                    }
-                }
-                turn -= 1;
-                for _ in 0..run {
-                    if Self::RUN > 1 && row == TAPS {
-                        // Too far apart for the machine to see it coming.
-                        let soon = a.wrapping_add(Self::RUN * self.strides.1);
-                        prefetch_line_close(soon);
-                        prefetch_line_close(soon.wrapping_add(R * TAPS - 1));
-                    }
-                    for tap in 0..TAPS {
-                        let mut columns = [simd.splat_f32s(0.); V];
-                        for j in 0..V {
-                            columns[j] = simd.load(b.add(j * lanes));
-                        }
-                        for i in 0..R {
-                            let weight = simd.splat_f32s(*a.add(i * row + tap));
-                            for j in 0..V {
-                                sums[i][j] = simd.mul_add_f32s(weight, columns[j], sums[i][j]);
-                            }
-                        }
-                        b = b.add(V * lanes);
-                    }
-                    a = a.wrapping_add(self.strides.1);
-                }
-                channel += run;
-            }
-            put_away(simd, sums, self.before, self.c, self.stride);
-        }
-    }
-}
-
-/// Asks for a channel's weights of `R` rows that are `row` values apart.
-#[inline(always)]
-fn prefetch_rows<const TAPS: usize, const R: usize>(first: *const f32, row: usize) {
-    const LINE: usize = 16;
-    let (count, step) = if row == TAPS { (R * TAPS, LINE) } else { (R * row, row) };
-    for at in (0..count).step_by(step) {
-        prefetch_line(first.wrapping_add(at));
     }
 }
