@@ -20,7 +20,7 @@ use rayon::prelude::*;
 
 /// As in the programs: results do not come from new pages.
 #[global_allocator]
-static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator;
+static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator::new();
 
 struct Bench {
     quick: bool,

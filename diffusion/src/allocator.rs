@@ -6,10 +6,32 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 
 /// To be a program's, or a shared library's, `#[global_allocator]`. Blocks of 64 kB and more are kept once they are freed, up to a
-/// gigabyte together, and never more than 64 MB beyond what was once in use; [`release_memory`] gives them back. Others, and all but
-/// on Linux, are the system's.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct TensorAllocator;
+/// gigabyte together, and never more than a margin beyond what was once in use; [`release_memory`] gives them back. Others, and all
+/// but on Linux, are the system's.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorAllocator {
+    /// In bytes.
+    margin: usize,
+}
+
+impl TensorAllocator {
+    /// With a margin of 64 MB: without any, small models map and unmap at every layer.
+    pub const fn new() -> Self {
+        Self { margin: 64 << 20 }
+    }
+
+    /// With a margin of a gigabyte, for training: what is kept from the forward to the backward pass is of many sizes, and the memory
+    /// of one does not serve another.
+    pub const fn for_training() -> Self {
+        Self { margin: 1 << 30 }
+    }
+}
+
+impl Default for TensorAllocator {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 /// Gives the memory that [`TensorAllocator`] keeps back to the system.
 pub fn release_memory() {
@@ -23,7 +45,7 @@ unsafe impl GlobalAlloc for TensorAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         #[cfg(target_os = "linux")]
         if let Some(class) = kept::Class::of(layout) {
-            return class.alloc().0;
+            return class.alloc(self.margin).0;
         }
         // SAFETY: the caller's.
         unsafe { System.alloc(layout) }
@@ -32,7 +54,7 @@ unsafe impl GlobalAlloc for TensorAllocator {
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         #[cfg(target_os = "linux")]
         if let Some(class) = kept::Class::of(layout) {
-            let (block, fresh) = class.alloc();
+            let (block, fresh) = class.alloc(self.margin);
             if !fresh {
                 // SAFETY: a block of this class has at least so many bytes.
                 unsafe { block.write_bytes(0, layout.size()) };
@@ -89,8 +111,6 @@ mod kept {
     const LEAST: usize = 1 << 16;
     /// Kept together.
     const MOST_KEPT: usize = 1 << 30;
-    /// Kept whatever else is in use: small models would else map and unmap at every layer.
-    const ALWAYS_KEPT: usize = 64 << 20;
     /// Where all blocks begin, on every system.
     const SMALL_PAGE: usize = 4 << 10;
     /// Where those begin that hold a large page.
@@ -148,15 +168,16 @@ mod kept {
             Self { index, size: octave + octave / STEPS * steps }
         }
 
-        /// A block, or null where the system has none, and whether it is new and zero.
-        pub(super) fn alloc(self) -> (*mut u8, bool) {
+        /// A block, or null where the system has none, and whether it is new and zero. If it is new, no more is kept besides than
+        /// `margin` beyond what was once in use.
+        pub(super) fn alloc(self, margin: usize) -> (*mut u8, bool) {
             let mut kept = kept();
             let used = kept.used.saturating_add(self.size);
             let block = kept.first[self.index];
             if block.is_null() {
                 // What is kept of other sizes makes room.
                 let most_kept = kept.most_used.saturating_sub(used);
-                kept.release_down_to(most_kept.max(ALWAYS_KEPT));
+                kept.release_down_to(most_kept.max(margin));
                 let block = self.map();
                 if !block.is_null() {
                     kept.count(used);
@@ -250,6 +271,8 @@ mod kept {
     mod tests {
         use super::*;
 
+        const MARGIN: usize = 64 << 20;
+
         fn class(size: usize) -> Class {
             Class::of(Layout::from_size_align(size, 4).unwrap()).unwrap()
         }
@@ -270,18 +293,18 @@ mod kept {
         fn blocks_come_back_until_they_are_released() {
             // Of a size that no other test has.
             let class = class(37 << 20);
-            let (block, fresh) = class.alloc();
+            let (block, fresh) = class.alloc(MARGIN);
             assert!(fresh && block.addr().is_multiple_of(PAGE));
             // SAFETY: the block is ours, up to its last byte.
             unsafe {
                 block.write_bytes(1, class.size);
                 class.free(block);
             }
-            assert_eq!(class.alloc(), (block, false));
+            assert_eq!(class.alloc(MARGIN), (block, false));
             // SAFETY: it is ours again.
             unsafe { class.free(block) };
             release();
-            let (block, fresh) = class.alloc();
+            let (block, fresh) = class.alloc(MARGIN);
             // SAFETY: ours once more, and new.
             unsafe {
                 assert!(fresh && *block == 0 && *block.add(class.size - 1) == 0);
@@ -310,7 +333,7 @@ mod kept {
         /// What cannot be had is null, not a crash.
         #[test]
         fn more_than_there_is() {
-            assert!(class(1 << 62).alloc().0.is_null());
+            assert!(class(1 << 62).alloc(MARGIN).0.is_null());
         }
     }
 }
@@ -326,18 +349,18 @@ mod tests {
         let sizes = [1000, 3 << 20, (3 << 20) + 4096, 9 << 20, 5 << 20, 2000];
         // SAFETY: layouts are those that the blocks were made by.
         unsafe {
-            let mut block = TensorAllocator.alloc(layout(sizes[0]));
+            let mut block = TensorAllocator::new().alloc(layout(sizes[0]));
             block.write_bytes(7, sizes[0]);
             for pair in sizes.windows(2) {
-                block = TensorAllocator.realloc(block, layout(pair[0]), pair[1]);
+                block = TensorAllocator::new().realloc(block, layout(pair[0]), pair[1]);
                 assert!(std::slice::from_raw_parts(block, 1000).iter().all(|value| *value == 7), "{pair:?}");
             }
-            TensorAllocator.dealloc(block, layout(2000));
+            TensorAllocator::new().dealloc(block, layout(2000));
             for _ in 0..2 {
-                let block = TensorAllocator.alloc_zeroed(layout(9 << 20));
+                let block = TensorAllocator::new().alloc_zeroed(layout(9 << 20));
                 assert!(std::slice::from_raw_parts(block, 9 << 20).iter().all(|value| *value == 0));
                 block.write_bytes(1, 9 << 20);
-                TensorAllocator.dealloc(block, layout(9 << 20));
+                TensorAllocator::new().dealloc(block, layout(9 << 20));
             }
         }
         release_memory();

@@ -1,8 +1,8 @@
 """What a corrected step costs, ours beside PyTorch's, on a U-Net of Stable Diffusion 2.1's geometry with random weights.
 
-    cargo build --release --examples
-    pip install torch diffusers
-    python dpt-plugin/benches/against_pytorch.py [--device cuda --dtype f16] [--json FILE]
+    dpt-plugin/benches/against_pytorch.sh [--rounds 5] [--device cuda --dtype f16] [--json FILE]
+
+which builds our side, installs torch and diffusers where nothing else uses them, and runs this.
 
 Guided prediction, the U-Net up to a tap, and the correction (Eq. 9: up to the tap, adapter, gradient down to the latents) in
 turn on both sides, each in a process of its own, on the threads that the machine has; medians. `--quick` takes a U-Net a

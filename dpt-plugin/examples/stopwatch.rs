@@ -19,7 +19,7 @@ use dpt_plugin::{Adapter, AdapterSizes, correction, score_and_gradient};
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 #[global_allocator]
-static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator;
+static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator::new();
 
 const TIMESTEP: f64 = 500.;
 const TOKENS: usize = 77;

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 #[global_allocator]
-static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator;
+static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator::new();
 
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.

@@ -28,7 +28,7 @@ use tune::Tune;
 use weights::Result;
 
 #[global_allocator]
-static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator;
+static ALLOCATOR: diffusion::TensorAllocator = diffusion::TensorAllocator::for_training();
 
 /// Looks into files of weights, converts them, and makes them.
 #[derive(Parser)]

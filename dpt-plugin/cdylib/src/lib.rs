@@ -3,6 +3,6 @@
 
 /// The library's own, not the host's.
 #[global_allocator]
-static ALLOCATOR: dpt_plugin::TensorAllocator = dpt_plugin::TensorAllocator;
+static ALLOCATOR: dpt_plugin::TensorAllocator = dpt_plugin::TensorAllocator::new();
 
 host_api::export_plugins!(dpt_plugin::DptPlugin);
