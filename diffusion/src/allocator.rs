@@ -6,13 +6,17 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 
 /// To be a program's, or a shared library's, `#[global_allocator]`. Blocks of 64 kB and more are kept once they are freed, up to a
-/// gigabyte together, and never more than a margin beyond what was once in use; [`release_memory`] gives them back. Others, and all
-/// but on Linux, are the system's.
+/// gigabyte together, and as new ones are taken no more than a margin beyond what was once in use; [`release_memory`] gives them
+/// back. Others, and all but on Linux, are the system's.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorAllocator {
     /// In bytes.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "all memory is the system's there"))]
     margin: usize,
 }
+
+/// Bytes that are kept together, at most.
+const MOST_KEPT: usize = 1 << 30;
 
 impl TensorAllocator {
     /// With a margin of 64 MB: without any, small models map and unmap at every layer.
@@ -20,10 +24,10 @@ impl TensorAllocator {
         Self { margin: 64 << 20 }
     }
 
-    /// With a margin of a gigabyte, for training: what is kept from the forward to the backward pass is of many sizes, and the memory
+    /// Keeps all up to the gigabyte, for training: what it holds from the forward to the backward pass is of many sizes, and the memory
     /// of one does not serve another.
     pub const fn for_training() -> Self {
-        Self { margin: 1 << 30 }
+        Self { margin: MOST_KEPT }
     }
 }
 
@@ -107,10 +111,10 @@ mod kept {
     use std::ptr::null_mut;
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
+    use super::MOST_KEPT;
+
     /// Below the size from which glibc maps and unmaps every block.
     const LEAST: usize = 1 << 16;
-    /// Kept together.
-    const MOST_KEPT: usize = 1 << 30;
     /// Where all blocks begin, on every system.
     const SMALL_PAGE: usize = 4 << 10;
     /// Where those begin that hold a large page.

@@ -1,8 +1,9 @@
 """What a corrected step costs, ours beside PyTorch's, on a U-Net of Stable Diffusion 2.1's geometry with random weights.
 
-    dpt-plugin/benches/against_pytorch.sh [--rounds 5] [--device cuda --dtype f16] [--json FILE]
+    dpt-plugin/benches/against_pytorch.sh [--rounds 5] [--json FILE]
 
-which builds our side, installs torch and diffusers where nothing else uses them, and runs this.
+builds our side, installs torch and diffusers where nothing else uses them, and runs this; `--device cuda --dtype f16` measures on
+a GPU, with a build for one (`--stopwatch`).
 
 Guided prediction, the U-Net up to a tap, and the correction (Eq. 9: up to the tap, adapter, gradient down to the latents) in
 turn on both sides, each in a process of its own, on the threads that the machine has; medians. `--quick` takes a U-Net a

@@ -17,7 +17,8 @@ build build > "$folder/messages.json"
 for program in weights host-demo; do cp "$(executable bin $program < "$folder/messages.json")" "$folder"; done
 cp "$(dirname "$(executable bin weights < "$folder/messages.json")")/libdpt.so" "$folder/libdpt_cuda.so"
 cp "$(build build --example stopwatch | executable example stopwatch)" "$folder"
+cp "$(build build --bench cuda | executable bench cuda)" "$folder/kernel-bench"
 cp "$(build test --test cuda --no-run | executable test cuda)" "$folder/cuda-tests"
 cp "$(build test --lib --no-run | executable lib diffusion)" "$folder/kernel-tests"
 rm "$folder/messages.json"
-cd "$folder" && strip weights host-demo libdpt_cuda.so stopwatch cuda-tests kernel-tests
+cd "$folder" && strip weights host-demo libdpt_cuda.so stopwatch kernel-bench cuda-tests kernel-tests

@@ -32,6 +32,10 @@ unset TEST_DEVICE PREBUILT
     --stopwatch "$programs/stopwatch" --json "$results/correction-$dtype.json" > "$results/correction-$dtype.md" || failed=1
   { echo; echo "## A corrected step, $dtype"; cat "$results/correction-$dtype.md"; } >> "$results/report.md"
 done
+[ -n "${ONLY_TESTS:-}" ] || for batch in 1 4; do
+  echo; echo "## Kernels, f16"
+  "$programs/kernel-bench" $batch || failed=1
+done >> "$results/report.md"
 [ -n "${ONLY_TESTS:-}" ] || {
   echo; echo "## Training, f32"
   python3 "$root/weights/benches/against_pytorch.py" --device cuda --program "$programs/weights" --json "$results/training.json" || failed=1

@@ -34,11 +34,14 @@ pub(crate) mod kernels {
         layer_norm_rows_parameters_vjp, layer_norm_rows_vjp, linear_rows, linear_rows_vjp, softmax_rows,
         softmax_rows_vjp,
     };
-    /// The same for tensors on CUDA, as operations of candle's autograd want them.
+    /// For tensors on CUDA: those of f32 as operations of candle's autograd want them, and those of half precision, which are
+    /// `None` for what they do not take.
     #[cfg(feature = "cuda")]
     pub mod cuda {
+        pub use super::super::cpu::Affine;
         pub use super::super::cuda::{
-            Rows, layer_norm_rows, layer_norm_rows_vjp, linear, softmax_rows, softmax_rows_vjp,
+            Kernel, Rows, attend, attend_vjp, conv3x3, conv3x3_vjp, geglu, geglu_vjp, group_norm, group_norm_vjp,
+            layer_norm_rows, layer_norm_rows_vjp, linear, softmax_rows, softmax_rows_vjp,
         };
     }
 }

@@ -6,15 +6,15 @@ use pulp::Simd;
 
 use super::memory::{Shared, by_pieces, copied, repeated, written};
 use super::product::{Before, Matrix, parallel_product};
-use super::simd::Vectors;
+use super::simd::{LINE, Vectors};
 use super::skinny::{self, Columns, Rows, WORTHWHILE, Weights, by_item};
 use super::{Values, rows_at_once, tensor};
 use crate::Result;
 
 /// Rows of an item, or pixels of an image, up to which many weights are multiplied where they lie.
 const FEW: usize = 128;
-/// Neighbouring weights of an output that are taken for the taps of a channel: what a line of the cache holds.
-const TAPS: usize = 16;
+/// Neighbouring weights of an output that are taken for the taps of a channel.
+const TAPS: usize = LINE;
 
 /// `x W^T` over the last dimension, and what is to be added: a bias `[out]`, a tensor of the result's shape, both or nothing.
 pub(in crate::layers) fn linear(
@@ -73,7 +73,7 @@ fn rows_of_an_item(x: &Tensor) -> usize {
 }
 
 /// Rows of `inputs` values each, a weight `[outputs, inputs]` and a bias `[outputs]` to rows `x W^T + b`. Panics where the
-/// lengths do not fit each other.
+/// lengths do not fit each other. All rows count as one item's: with more than 128 the order of sums may be another.
 pub fn linear_rows(x: &[f32], weight: &[f32], bias: &[f32], inputs: usize) -> Vec<f32> {
     let (rows, outputs) = (x.len() / inputs, bias.len());
     assert!(x.len() == rows * inputs && weight.len() == outputs * inputs, "{} and {}", x.len(), weight.len());
@@ -81,7 +81,7 @@ pub fn linear_rows(x: &[f32], weight: &[f32], bias: &[f32], inputs: usize) -> Ve
 }
 
 /// The cotangents of [`linear_rows`]' rows from those of what it gives, of `outputs` values each. Panics where the lengths do not
-/// fit each other.
+/// fit each other. All rows count as one item's, likewise.
 pub fn linear_rows_vjp(dy: &[f32], weight: &[f32], outputs: usize) -> Vec<f32> {
     let rows = dy.len() / outputs;
     assert!(dy.len() == rows * outputs && weight.len().is_multiple_of(outputs), "{} and {}", dy.len(), weight.len());
@@ -134,7 +134,8 @@ struct OfRows<'a> {
     before: Before,
 }
 
-impl<const TAPS: usize> Columns<TAPS> for OfRows<'_> {
+// SAFETY: all terms of all lanes are written, by groups and those that are left; the matrix stays what it is.
+unsafe impl<const TAPS: usize> Columns<TAPS> for OfRows<'_> {
     fn lanes(&self) -> usize {
         self.x.rows()
     }
@@ -177,8 +178,9 @@ impl<const TAPS: usize> Columns<TAPS> for OfRows<'_> {
     }
 }
 
-/// `W x` over the channels of images of few pixels, `[B, in, h, w]` to `[B, out, h, w]`, and a bias `[out]`. `None` where there are
-/// many, and where the tensors are not contiguous f32 in main memory or do not fit each other.
+/// `W x` over the channels of images, `[B, in, h, w]` to `[B, out, h, w]`, and a bias `[out]`. `None` where pixels are many or weights
+/// few, where the inputs are not a multiple of [`TAPS`], and where the tensors are not contiguous f32 in main memory or do not fit
+/// each other.
 pub(in crate::layers) fn linear_channels(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
     let (outputs, inputs) = weight.dims2()?;
     if !inputs.is_multiple_of(TAPS) || bias.is_some_and(|bias| bias.dims() != [outputs]) {
@@ -231,7 +233,8 @@ struct OfImages<'a> {
     bias: Option<&'a [f32]>,
 }
 
-impl<const TAPS: usize> Columns<TAPS> for OfImages<'_> {
+// SAFETY: each tap of each channel has its lanes, item by item, whose number stays what it is.
+unsafe impl<const TAPS: usize> Columns<TAPS> for OfImages<'_> {
     fn lanes(&self) -> usize {
         self.batch * self.plane
     }

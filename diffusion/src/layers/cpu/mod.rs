@@ -31,11 +31,12 @@ pub use geglu::{geglu_rows, geglu_rows_vjp};
 pub(super) use linear::{linear, linear_channels, linear_channels_vjp, linear_vjp};
 pub use linear::{linear_rows, linear_rows_vjp};
 pub(crate) use lora::lora_vjp;
-pub(super) use norm::{Affine, group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
+pub use norm::Affine;
 pub use norm::{
     GroupNormSizes, group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_parameters_vjp,
     layer_norm_rows_vjp,
 };
+pub(super) use norm::{group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
 pub(super) use softmax::{softmax, softmax_vjp};
 pub use softmax::{softmax_rows, softmax_rows_vjp};
 pub(super) use transpose::transpose_last;
@@ -225,7 +226,7 @@ mod tests {
         }
     }
 
-    /// To the bit, as of convolutions.
+    /// To the bit, as of convolutions: of many weights and few rows, and of many rows by `gemm`.
     #[test]
     fn an_item_has_the_same_linear_map_in_any_batch() {
         let (_, file) = both(&[("weight", &[40, 160]), ("bias", &[40])]);

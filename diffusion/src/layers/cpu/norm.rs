@@ -9,10 +9,11 @@ use crate::Result;
 
 /// Scale and shift of a normalised tensor, one of each per channel.
 #[derive(Clone, Copy)]
-pub(in crate::layers) struct Affine<'a> {
-    pub(in crate::layers) weight: &'a Tensor,
-    pub(in crate::layers) bias: &'a Tensor,
-    pub(in crate::layers) eps: f64,
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Affine<'a> {
+    pub weight: &'a Tensor,
+    pub bias: &'a Tensor,
+    pub eps: f64,
 }
 
 /// Mean and inverse deviation; the variance is that of the centred values.

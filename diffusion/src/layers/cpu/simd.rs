@@ -95,7 +95,7 @@ pub(super) trait Vectors: Simd {
             if count == Self::F32_LANES {
                 self.store(at, values);
             } else {
-                self.partial_store_f32s(std::slice::from_raw_parts_mut(at, count), values);
+                self.mask_store_ptr_f32s(self.mask_between_m32s(0, count as u32), at, values);
             }
         }
     }
@@ -114,10 +114,12 @@ pub(super) trait Vectors: Simd {
 
 impl<S: Simd> Vectors for S {}
 
+/// Values in a line of the cache.
+pub(super) const LINE: usize = 16;
+
 /// Asks for a `1 / parts` of values, which need not be memory of ours, to be fetched into the second-level cache.
 #[inline(always)]
 pub(super) fn prefetch(values: *const f32, count: usize, part: usize, parts: usize) {
-    const LINE: usize = 16;
     let lines = count.div_ceil(LINE * parts);
     for line in part * lines..((part + 1) * lines).min(count.div_ceil(LINE)) {
         prefetch_line(values.wrapping_add(line * LINE));

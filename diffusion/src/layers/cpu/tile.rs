@@ -19,6 +19,13 @@ pub(super) fn panels(columns: usize, lanes: usize) -> impl Iterator<Item = (usiz
     (0..columns).step_by(widest).map(move |first| (first, if columns - first <= lanes { lanes } else { widest }))
 }
 
+/// How many of all outputs, and at most `most`, a task takes, where each is in `groups` tasks: there are enough of them for all
+/// threads, and none of so few outputs that it reads the columns too often.
+pub(super) fn outputs_of_a_task(outputs: usize, most: usize, groups: usize) -> usize {
+    let tasks = (2 * rayon::current_num_threads()).div_ceil(groups).min(outputs.div_ceil(2 * ROWS));
+    outputs.div_ceil(outputs.div_ceil(most).max(tasks)).next_multiple_of(ROWS)
+}
+
 /// `a b`, written to `ROWS` rows of `c`: one of a's panels, `[depth, ROWS]`, by one of b's, `[depth, width]`; a row of c has `width`
 /// values, where `width` is one vector or [`VECTORS`].
 #[derive(Clone, Copy)]

@@ -70,10 +70,7 @@ fn sizes(q: &Tensor, k: &Tensor, heads: usize) -> Result<Option<(Kind, Shape)>> 
 }
 
 /// The result in the shape of q, and the logarithms of the softmax's sums, `[B, heads, queries]`.
-pub(in crate::layers) fn attend(
-    (q, k, v): (&Tensor, &Tensor, &Tensor),
-    heads: usize,
-) -> Result<Option<(Tensor, Tensor)>> {
+pub fn attend((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Result<Option<(Tensor, Tensor)>> {
     let Some((kind, shape)) = sizes(q, k, heads)? else { return Ok(None) };
     let [q, k, v] = [q.contiguous()?, k.contiguous()?, v.contiguous()?];
     let kernels = Kernels::of(&q);
@@ -89,7 +86,7 @@ pub(in crate::layers) fn attend(
 }
 
 /// The cotangents of q, and of k and v if wanted, from that of the result.
-pub(in crate::layers) fn attend_vjp(
+pub fn attend_vjp(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     (y, log_sums): (&Tensor, &Tensor),
     dy: &Tensor,

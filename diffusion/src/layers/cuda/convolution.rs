@@ -28,7 +28,7 @@ struct Shape {
 unsafe impl DeviceRepr for Shape {}
 
 /// The weights of a convolution as the kernels read them: `[9, outputs, inputs]`, filled up with zeros to multiples of eight.
-pub(in crate::layers) struct Kernel {
+pub struct Kernel {
     packed: Tensor,
     outputs: usize,
     inputs: usize,
@@ -36,7 +36,7 @@ pub(in crate::layers) struct Kernel {
 
 impl Kernel {
     /// `[outputs, inputs, 3, 3]`; `None` for what the kernels do not take.
-    pub(in crate::layers) fn new(weight: &Tensor) -> Result<Option<Self>> {
+    pub fn new(weight: &Tensor) -> Result<Option<Self>> {
         if !takes(weight) {
             return Ok(None);
         }
@@ -68,7 +68,7 @@ fn bias_stride(bias: Option<&Tensor>) -> usize {
 
 /// `[B, inputs, h, w]` to `[B, outputs, ..size]`, plus bias, plus residual. `padding` is that above and to the left; below and to
 /// the right there is as much as `size` asks for.
-pub(in crate::layers) fn conv3x3(
+pub fn conv3x3(
     x: &Tensor,
     kernel: &Kernel,
     (bias, residual): (Option<&Tensor>, Option<&Tensor>),
@@ -81,12 +81,7 @@ pub(in crate::layers) fn conv3x3(
 }
 
 /// `[B, outputs, h, w]` to `[B, inputs, ..size]`: the input gradient of [`conv3x3`] with padding 1.
-pub(in crate::layers) fn conv3x3_vjp(
-    dy: &Tensor,
-    kernel: &Kernel,
-    stride: usize,
-    size: (usize, usize),
-) -> Result<Tensor> {
+pub fn conv3x3_vjp(dy: &Tensor, kernel: &Kernel, stride: usize, size: (usize, usize)) -> Result<Tensor> {
     convolve(dy, kernel, (None, None), (stride, 1), size, true)
 }
 

@@ -22,10 +22,12 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
-pub(super) use attention::{attend, attend_vjp};
-pub(super) use convolution::{Kernel, conv3x3, conv3x3_vjp};
-pub(super) use norm::{group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
-pub(super) use pointwise::{add, cat_channels, geglu, geglu_vjp, narrow_channels, upsample, upsample_vjp};
+pub use attention::{attend, attend_vjp};
+pub use convolution::{Kernel, conv3x3, conv3x3_vjp};
+pub use norm::{group_norm, group_norm_vjp};
+pub(super) use norm::{layer_norm, layer_norm_vjp};
+pub(super) use pointwise::{add, cat_channels, narrow_channels, upsample, upsample_vjp};
+pub use pointwise::{geglu, geglu_vjp};
 pub use rows::{Rows, layer_norm_rows, layer_norm_rows_vjp, linear, softmax_rows, softmax_rows_vjp};
 
 use crate::Result;

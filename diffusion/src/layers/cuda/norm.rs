@@ -27,7 +27,7 @@ unsafe impl DeviceRepr for Groups {}
 const BLOCKS: usize = 1024;
 
 /// `[B, C, h, w]`, normalised by group; `silu` of it where asked for.
-pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, silu: bool) -> Result<Option<Tensor>> {
+pub fn group_norm(x: &Tensor, affine: Affine, groups: usize, silu: bool) -> Result<Option<Tensor>> {
     if !takes(x) || !x.dim(1)?.is_multiple_of(EIGHT) || x.elem_count() == 0 {
         return Ok(None);
     }
@@ -42,7 +42,7 @@ pub(in crate::layers) fn group_norm(x: &Tensor, affine: Affine, groups: usize, s
 }
 
 /// `before` plus the gradient for `x` of [`group_norm`].
-pub(in crate::layers) fn group_norm_vjp(
+pub fn group_norm_vjp(
     x: &Tensor,
     dy: &Tensor,
     affine: Affine,

@@ -31,7 +31,7 @@ pub(in crate::layers) fn add(x: &Tensor, bias: Option<&Tensor>, residual: Option
 }
 
 /// `value * gelu(gate)` of `[.., 2 n]` = `[value | gate]`.
-pub(in crate::layers) fn geglu(x: &Tensor) -> Result<Option<Tensor>> {
+pub fn geglu(x: &Tensor) -> Result<Option<Tensor>> {
     let width = x.dim(D::Minus1)? / 2;
     if !takes_rows(x, width) {
         return Ok(None);
@@ -50,7 +50,7 @@ pub(in crate::layers) fn geglu(x: &Tensor) -> Result<Option<Tensor>> {
 }
 
 /// The gradient for the input of [`geglu`].
-pub(in crate::layers) fn geglu_vjp(x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+pub fn geglu_vjp(x: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
     let width = x.dim(D::Minus1)? / 2;
     if !takes_rows(x, width) {
         return Ok(None);

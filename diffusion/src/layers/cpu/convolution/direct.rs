@@ -34,7 +34,8 @@ fn see<S: Simd>(simd: S, line: &[f32], stride: usize, v: usize, seen: &mut [f32]
     }
 }
 
-impl Columns<TAPS> for Direct<'_> {
+// SAFETY: each tap of each channel has its lanes, item by item, and the convolution stays what it is.
+unsafe impl Columns<TAPS> for Direct<'_> {
     fn lanes(&self) -> usize {
         self.convolution.batch * self.convolution.rows() * self.convolution.columns()
     }

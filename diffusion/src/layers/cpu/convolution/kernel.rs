@@ -1,6 +1,7 @@
 use std::ops::Range;
 
 use super::super::simd::prefetch;
+use super::super::skinny::Weights;
 use super::super::tile::ROWS;
 use super::TAPS;
 
@@ -23,6 +24,14 @@ impl<'a> Kernel<'a> {
     /// The kernel `[out, in, 3, 3]` of a convolution seen as its adjoint's, which takes `out` channels to `in`.
     pub fn adjoint(values: &'a [f32], inputs: usize) -> Self {
         Self { values, strides: (TAPS, inputs * TAPS), flipped: true }
+    }
+
+    /// As they lie, the taps of an adjoint from the last to the first.
+    pub(super) fn weights(&self, outputs: usize, inputs: usize) -> Weights<'a, TAPS> {
+        match self.flipped {
+            false => Weights::by_output(self.values, outputs, inputs),
+            true => Weights::by_channel(self.values, outputs, inputs),
+        }
     }
 
     fn taps(&self, output: usize, input: usize) -> &'a [f32; TAPS] {

@@ -10,18 +10,13 @@ use std::mem::MaybeUninit;
 use candle_core::Tensor;
 
 use super::memory::{Shared, by_pieces, written};
-use super::skinny::{self, WORTHWHILE, Weights};
+use super::skinny::{self, WORTHWHILE};
 use super::{LEAST, Values, tensor};
 use crate::Result;
 use direct::Direct;
 pub use kernel::Kernel;
 
 const TAPS: usize = 9;
-
-/// Item, row and column of the `index`-th of the batch's places, `rows x columns` to an item.
-fn place(index: usize, rows: usize, columns: usize) -> (usize, usize, usize) {
-    (index / (rows * columns), index / columns % rows, index % columns)
-}
 
 /// A 3x3 convolution, padding 1, stride 1 or 2, with its bias, `[out]` or for each item its own `[B, out]`, and a tensor of the
 /// result's shape that is to be added: `[B, in, h, w]` and `[out, in, 3, 3]` to `[B, out, ceil(h / stride), ceil(w / stride)]`.
@@ -168,10 +163,7 @@ impl Convolution<'_> {
         if self.stride == 1 && tiled < TAPS * image.rows() * image.columns() {
             return self.compute_by_tiles();
         }
-        let weights = match self.kernel.flipped {
-            false => Weights::by_output(self.kernel.values, self.outputs, self.inputs),
-            true => Weights::by_channel(self.kernel.values, self.outputs, self.inputs),
-        };
+        let weights = self.kernel.weights(self.outputs, self.inputs);
         // SAFETY: every output's pixels in all lanes are written.
         unsafe { written(pixels * self.outputs, |y| skinny::multiply(weights, &Direct { convolution: self, y })) }
     }

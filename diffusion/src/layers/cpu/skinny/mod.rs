@@ -13,7 +13,7 @@ use super::LEAST;
 use super::memory::{Shared, written};
 use super::product::Before;
 use super::simd::{lanes, widest};
-use super::tile::{ROWS, VECTORS, panels};
+use super::tile::{ROWS, VECTORS, outputs_of_a_task, panels};
 use tile::{Upcoming, WeightsTile};
 
 /// Terms of a sum that are multiplied at a time: those of a panel's columns stay in the first-level cache, and a task's weights, with
@@ -23,11 +23,11 @@ const DEPTH: usize = 144;
 const OUTPUTS: usize = 27 * ROWS;
 /// Lanes of a task, at most, in vectors: its sums stay in the second-level cache.
 const TASK_VECTORS: usize = 16;
-/// Weights from which on it pays to leave them where they lie: more than the caches hold, so that reading them is what takes the time.
-/// Smaller ones are of models that see many items at once, as in training. The batch itself must not matter: an item is to have the
-/// same result in whatever batch. Fewer in tests.
+/// Weights from which on it pays to leave them where they lie: more than the second-level cache holds, so that reading them is what takes
+/// the time. Smaller ones are of models that see many items at once, as in training; how many these are must not matter, or the result
+/// of one would depend on its batch. Fewer in tests.
 pub(super) const WORTHWHILE: usize = if cfg!(test) { 1 << 7 } else { 1 << 20 };
-/// Values of columns that are laid out at a time, at most: 16 MB. Fewer in tests, to have several.
+/// Values of columns that are laid out at a time, up to a task's lanes: 16 MB. Fewer in tests, to have several.
 const VALUES_AT_ONCE: usize = if cfg!(test) { 1 << 15 } else { 1 << 22 };
 
 /// `[outputs, channels, TAPS]`: the taps of an output's channel follow each other.
@@ -72,7 +72,10 @@ impl<'a, const TAPS: usize> Weights<'a, TAPS> {
 }
 
 /// What weights are multiplied with, `[channels, TAPS, lanes]`, and what becomes of the sums, `[outputs, lanes]`.
-pub(super) trait Columns<const TAPS: usize>: Sync {
+///
+/// # Safety
+/// `lanes` is always the same, and `lay_out` writes every value of the rows it gets: they are read without having been filled.
+pub(super) unsafe trait Columns<const TAPS: usize>: Sync {
     fn lanes(&self) -> usize;
 
     /// Writes all of `rows`.
@@ -156,9 +159,7 @@ fn multiply_some<const TAPS: usize>(weights: Weights<TAPS>, columns: &impl Colum
     let v = unsafe { written(depth * all.len().next_multiple_of(lanes()), lay_out) };
     let in_task = TASK_VECTORS * lanes();
     let groups = all.len().div_ceil(in_task);
-    // Enough tasks for all threads; one of a few outputs reads the columns too often.
-    let tasks = (2 * rayon::current_num_threads()).div_ceil(groups).min(outputs.div_ceil(2 * ROWS));
-    let chunk = outputs.div_ceil(outputs.div_ceil(OUTPUTS).max(tasks)).next_multiple_of(ROWS);
+    let chunk = outputs_of_a_task(outputs, OUTPUTS, groups);
     let chunks = outputs.div_ceil(chunk);
     (0..groups * chunks).into_par_iter().for_each_init(Vec::new, |sums, task| {
         let (first, output) = (task / chunks * in_task, task % chunks * chunk);
@@ -207,8 +208,8 @@ impl<C: Columns<TAPS>, const TAPS: usize> WithSimd for Multiply<'_, C, TAPS> {
         for first in (0..channels).step_by(Weights::<TAPS>::BLOCK) {
             let block = weights.block(first);
             let tiles = lanes.len().div_ceil(VECTORS * S::F32_LANES) * outputs.len().div_ceil(ROWS);
-            let runs = tiles * block.len().div_ceil(WeightsTile::<TAPS>::RUN);
-            let mut upcoming = Upcoming::of(weights, &outputs, weights.block(block.end), runs);
+            let turns = tiles * WeightsTile::<TAPS>::turns::<S>(block.len());
+            let mut upcoming = Upcoming::of(weights, &outputs, weights.block(block.end), turns);
             for (lane, width) in panels(lanes.len(), S::F32_LANES) {
                 for row in outputs.clone().step_by(ROWS) {
                     // SAFETY: the lengths were looked at, here and as the weights were made.

@@ -3,7 +3,7 @@ use std::ops::Range;
 use pulp::Simd;
 
 use super::super::product::Before;
-use super::super::simd::{Vectors, prefetch_line, prefetch_line_close};
+use super::super::simd::{LINE, Vectors, prefetch_line, prefetch_line_close};
 use super::super::tile::{ROWS, VECTORS, put_away};
 use super::Weights;
 
@@ -21,7 +21,12 @@ pub(super) struct WeightsTile<const TAPS: usize> {
 
 impl<const TAPS: usize> WeightsTile<TAPS> {
     /// Channels between asking for weights and asking again.
-    pub(super) const RUN: usize = if TAPS < 8 { 8 } else { 1 };
+    const RUN: usize = if TAPS < 8 { 8 } else { 1 };
+
+    /// How often whole tiles of so many channels ask for weights.
+    pub(super) fn turns<S: Simd>(channels: usize) -> usize {
+        channels.div_ceil(Self::RUN) * if S::REGISTER_COUNT >= 32 { 1 } else { 2 }
+    }
 
     /// # Safety
     /// Weights, panels and rows lie in memory as described, and nobody else uses those of `c`.
@@ -128,9 +133,6 @@ pub(super) struct Upcoming {
     /// To be asked for at a time.
     at_once: usize,
 }
-
-/// Values in a line of the cache.
-const LINE: usize = 16;
 
 impl Upcoming {
     /// The weights of some outputs and channels, to be asked for in so many turns.

@@ -18,7 +18,7 @@ use super::super::LEAST;
 use super::super::memory::{Shared, written};
 use super::super::product::Before;
 use super::super::simd::{lanes, prefetch, widest};
-use super::super::tile::{ROWS, Tile, VECTORS};
+use super::super::tile::{ROWS, Tile, VECTORS, outputs_of_a_task};
 use super::{Convolution, TAPS};
 use transforms::{take_input, transform_kernels, write};
 
@@ -77,9 +77,7 @@ impl Convolution<'_> {
         // SAFETY: every lane of every panel is written, channel by channel.
         let v = unsafe { written(panels.values(), take) };
         let blocks = panels.count.div_ceil(PANELS);
-        // Enough tasks for all threads; a task of a few outputs reads the inputs too often.
-        let tasks = (2 * rayon::current_num_threads()).div_ceil(blocks).min(self.outputs.div_ceil(2 * ROWS));
-        let chunk = self.outputs.div_ceil(self.outputs.div_ceil(OUTPUTS).max(tasks)).next_multiple_of(ROWS);
+        let chunk = outputs_of_a_task(self.outputs, OUTPUTS, blocks);
         let chunks = self.outputs.div_ceil(chunk);
         (0..blocks * chunks).into_par_iter().for_each_init(Scratch::default, |scratch, task| {
             let (first_panel, first_output) = (task / chunks * PANELS, task % chunks * chunk);

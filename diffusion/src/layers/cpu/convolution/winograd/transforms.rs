@@ -3,8 +3,13 @@
 use pulp::Simd;
 
 use super::super::super::simd::Vectors;
-use super::super::{TAPS, place};
+use super::super::TAPS;
 use super::{ELEMENTS, IN, Input, OUT, Output, rows_of_tiles, tiles_in_row};
+
+/// Item, row and column of the `index`-th of the batch's places, `rows x columns` to an item.
+fn place(index: usize, rows: usize, columns: usize) -> (usize, usize, usize) {
+    (index / (rows * columns), index / columns % rows, index % columns)
+}
 
 /// The finite points other than 0 are `+-P` and `+-Q`.
 const P: f32 = 0.625;
