@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use pulp::Simd;
 
 use super::memory::{Shared, by_pieces, copied, repeated, written};
-use super::product::{Before, Matrix, parallel_product};
+use super::product::{Before, Matrix, onto, parallel_product};
 use super::simd::{LINE, Vectors};
 use super::skinny::{self, Columns, Rows, WORTHWHILE, Weights, by_item};
 use super::{Values, rows_at_once, tensor};
@@ -113,17 +113,9 @@ fn product_vjp(y: Option<Vec<f32>>, dy: &[f32], weight: &[f32], outputs: usize, 
 }
 
 fn few_rows<const TAPS: usize>(y: Option<Vec<f32>>, x: Matrix, weights: Weights<TAPS>, outputs: usize) -> Vec<f32> {
-    let count = x.rows() * outputs;
     let multiply = |y: &Shared, before| skinny::multiply(weights, &OfRows { x, y, outputs, before });
-    match y {
-        Some(mut y) => {
-            assert_eq!(y.len(), count, "values of a product");
-            multiply(&Shared::of(&mut y), Before::AddedTo);
-            y
-        }
-        // SAFETY: every output of every row is written.
-        None => unsafe { written(count, |y| multiply(y, Before::Replaced)) },
-    }
+    // SAFETY: every output of every row is written, or added to.
+    unsafe { onto(y, x.rows() * outputs, multiply) }
 }
 
 /// A lane is a row of `x`, and of `y`.

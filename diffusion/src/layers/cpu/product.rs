@@ -1,6 +1,6 @@
 use gemm::{Parallelism, gemm};
 
-use super::memory::written;
+use super::memory::{Shared, written};
 
 /// A matrix in memory: part of one that is row-major, or the transpose of such a part.
 #[derive(Clone, Copy)]
@@ -69,19 +69,27 @@ pub(super) fn product(y: &mut [f32], before: Before, scale: f32, a: Matrix, b: M
 
 /// `a b`, in whole rows, added to `y` where it is given; by all threads.
 pub(super) fn parallel_product(y: Option<Vec<f32>>, a: Matrix, b: Matrix) -> Vec<f32> {
-    let count = a.rows * b.columns;
-    let by_all = |y: *mut f32, before| {
+    let multiply = |y: &Shared, before| {
         // SAFETY: y has room for as many values as the product, whose rows follow each other.
-        unsafe { multiply(y, b.columns, before, 1., a, b, Parallelism::Rayon(0)) }
+        unsafe { multiply(y.at(0), b.columns, before, 1., a, b, Parallelism::Rayon(0)) }
     };
+    // SAFETY: the product is written over all of it, or added to it.
+    unsafe { onto(y, a.rows * b.columns, multiply) }
+}
+
+/// `count` values as `write` leaves them, which adds to those of `y` where it is given.
+///
+/// # Safety
+/// `write` writes every value, and reads none where it is to replace them.
+pub(super) unsafe fn onto(y: Option<Vec<f32>>, count: usize, write: impl FnOnce(&Shared, Before)) -> Vec<f32> {
     match y {
         Some(mut y) => {
             assert_eq!(y.len(), count, "values of a product");
-            by_all(y.as_mut_ptr(), Before::AddedTo);
+            write(&Shared::of(&mut y), Before::AddedTo);
             y
         }
-        // SAFETY: the product is written over all of it.
-        None => unsafe { written(count, |y| by_all(y.at(0), Before::Replaced)) },
+        // SAFETY: the caller's.
+        None => unsafe { written(count, |y| write(y, Before::Replaced)) },
     }
 }
 
