@@ -10,7 +10,7 @@ mod config;
 mod device;
 mod error;
 mod finite;
-mod layers;
+pub mod layers;
 pub mod lora;
 mod pickle;
 mod pipeline;
@@ -23,7 +23,7 @@ pub mod text;
 mod unet;
 mod vae;
 
-/// Kernels in f32 on the CPU, over slices; for autograd that candle does not have.
+/// Kernels in f32 on the CPU, over slices, to be measured one by one.
 pub mod kernels {
     pub use crate::layers::kernels::*;
 }

@@ -20,7 +20,7 @@ mod score;
 mod source;
 mod text;
 
-pub use adapter::{Adapter, AdapterSizes, Draw, Dropout, Grounding, SizeHints};
+pub use adapter::{Adapter, AdapterSizes, Cotangents, Draw, Dropout, Graph, Grounding, SizeHints, Value};
 pub use config::{Config, GradientSource, LoraChoice, LoraChoices, SCHEMA};
 pub use correct::{correction, norms};
 pub use diffusion::TensorAllocator;

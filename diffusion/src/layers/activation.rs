@@ -7,12 +7,12 @@ use super::norm::statistics_dtype;
 use crate::Result;
 
 /// `x sigmoid(x)`.
-pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {
+pub fn silu(x: &Tensor) -> Result<Tensor> {
     Ok(x.silu()?)
 }
 
 /// `dy (s + x s (1 - s))` with `s = sigmoid(x)`.
-pub(crate) fn silu_vjp(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+pub fn silu_vjp(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let s = (x.neg()?.exp()? + 1.)?.recip()?;
     let slope = (&s + ((x * &s)? * s.affine(-1., 1.)?)?)?;
     Ok((dy * slope)?)

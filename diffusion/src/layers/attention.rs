@@ -29,26 +29,27 @@ fn merge_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
 
 /// Queries `[B, queries, heads * width]`, keys and values `[B, keys, heads * width]`.
 #[derive(Clone, Copy)]
-pub(crate) struct Attended<'a> {
-    pub(crate) q: &'a Tensor,
-    pub(crate) k: &'a Tensor,
-    pub(crate) v: &'a Tensor,
-    pub(crate) heads: usize,
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Attended<'a> {
+    pub q: &'a Tensor,
+    pub k: &'a Tensor,
+    pub v: &'a Tensor,
+    pub heads: usize,
     /// Whether the products of half-precision q and k are formed in f32.
-    pub(crate) upcast: bool,
+    pub upcast: bool,
 }
 
 /// What attention gave.
-pub(crate) struct Attention {
+pub struct Attention {
     /// In the shape of q.
-    pub(crate) y: Tensor,
+    pub y: Tensor,
     /// `[B, heads, queries]`, of the sums that the softmax divides by; kept where kernels of our own compute.
     log_sums: Option<Tensor>,
 }
 
 impl Attended<'_> {
     /// `softmax(q k^T / sqrt(width)) v` of each head.
-    pub(crate) fn attend(self) -> Result<Attention> {
+    pub fn attend(self) -> Result<Attention> {
         let Self { q, k, v, heads, upcast } = self;
         if let Some((y, log_sums)) = cpu::attend((q, k, v), heads)? {
             return Ok(Attention { y, log_sums: Some(log_sums) });
@@ -65,7 +66,7 @@ impl Attended<'_> {
     /// The cotangents of q, and of k and v if wanted, from that of the result.
     ///
     /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - rowsum(P dP))`, `dq = dS k`, `dk = dS^T q`, `dv = P^T dy`.
-    pub(crate) fn vjp(self, attention: &Attention, dy: &Tensor, of_keys: bool) -> Result<Cotangents<Tensor>> {
+    pub fn vjp(self, attention: &Attention, dy: &Tensor, of_keys: bool) -> Result<Cotangents<Tensor>> {
         let Self { q, k, v, heads, upcast } = self;
         let dy = dy.contiguous()?;
         if let Attention { y, log_sums: Some(log_sums) } = attention
@@ -149,16 +150,25 @@ impl Keys {
     }
 }
 
-fn softmax(x: &Tensor) -> Result<Tensor> {
-    match cpu::softmax(x)? {
-        Some(y) => Ok(y),
-        None => Ok(softmax_last_dim(x)?),
+/// Over the last dimension.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    if let Some(y) = cpu::softmax(x)? {
+        return Ok(y);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(y) = cuda::softmax(x)? {
+        return Ok(y);
+    }
+    Ok(softmax_last_dim(x)?)
 }
 
-/// `P (dP - rowsum(P dP))`.
-fn softmax_vjp(p: &Tensor, dp: &Tensor) -> Result<Tensor> {
+/// The gradient for [`softmax`]'s input from its result: `P (dP - rowsum(P dP))`.
+pub fn softmax_vjp(p: &Tensor, dp: &Tensor) -> Result<Tensor> {
     if let Some(ds) = cpu::softmax_vjp(p, dp)? {
+        return Ok(ds);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(ds) = cuda::softmax_vjp(p, dp)? {
         return Ok(ds);
     }
     let weighted = (p * dp)?;

@@ -6,12 +6,17 @@ use super::cuda;
 use crate::{Result, Scope};
 
 /// `y = x W^T + b` over the last dimension; `W` is `[out, in]`.
-pub(crate) struct Linear {
+pub struct Linear {
     pub(crate) weight: Tensor,
     bias: Option<Tensor>,
 }
 
 impl Linear {
+    /// Of a weight `[out, in]` and a bias `[out]`.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
     pub(crate) fn load(scope: &Scope, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self { bias: Some(scope.tensor("bias", &[outputs])?), ..Self::load_no_bias(scope, inputs, outputs)? })
     }
@@ -27,12 +32,12 @@ impl Linear {
     }
 
     /// `[.., in]` to `[.., out]`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_by(x, None)
     }
 
     /// `residual + forward(x)`.
-    pub(crate) fn forward_onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
+    pub fn forward_onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
         self.forward_by(x, Some(residual))
     }
 
@@ -58,12 +63,12 @@ impl Linear {
     }
 
     /// `[.., out]` to `[.., in]`.
-    pub(crate) fn vjp(&self, dy: &Tensor) -> Result<Tensor> {
+    pub fn vjp(&self, dy: &Tensor) -> Result<Tensor> {
         self.vjp_by(dy, None)
     }
 
     /// `before + vjp(dy)`.
-    pub(crate) fn vjp_onto(&self, before: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    pub fn vjp_onto(&self, before: &Tensor, dy: &Tensor) -> Result<Tensor> {
         self.vjp_by(dy, Some(before))
     }
 

@@ -111,18 +111,25 @@ impl GroupNorm {
 }
 
 /// Layer normalisation over the last dimension.
-pub(crate) struct LayerNorm {
+/// Layer normalisation over the last dimension.
+pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
     eps: f64,
 }
 
 impl LayerNorm {
+    /// Of weight and bias `[n]`.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self { weight, bias, eps }
+    }
+
     pub(crate) fn load(scope: &Scope, width: usize, eps: f64) -> Result<Self> {
         Ok(Self { weight: scope.tensor("weight", &[width])?, bias: scope.tensor("bias", &[width])?, eps })
     }
 
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    /// `[.., n]` to the same.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if let Some(y) = cpu::layer_norm(x, self.parameters())? {
             return Ok(y);
         }
@@ -137,9 +144,18 @@ impl LayerNorm {
         Ok(y.reshape(x.shape())?.to_dtype(x.dtype())?)
     }
 
+    /// The gradient for `x` of [`Self::forward`].
+    pub fn vjp(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        self.vjp_by(x, dy, None)
+    }
+
     /// `before` plus the gradient for `x` of [`Self::forward`].
-    pub(crate) fn vjp_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters(), Some(before))? {
+    pub fn vjp_onto(&self, before: &Tensor, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        self.vjp_by(x, dy, Some(before))
+    }
+
+    fn vjp_by(&self, x: &Tensor, dy: &Tensor, before: Option<&Tensor>) -> Result<Tensor> {
+        if let Some(dx) = cpu::layer_norm_vjp(x, dy, self.parameters(), before)? {
             return Ok(dx);
         }
         #[cfg(feature = "cuda")]
@@ -149,7 +165,24 @@ impl LayerNorm {
         let (normal, inverse_deviation) = self.normalize(x)?;
         let weight = self.weight.to_dtype(normal.dtype())?;
         let d = dy.to_dtype(normal.dtype())?.reshape(normal.shape())?.broadcast_mul(&weight)?;
-        Ok((before + normalize_vjp(&normal, &inverse_deviation, &d)?.reshape(x.shape())?.to_dtype(x.dtype())?)?)
+        let dx = normalize_vjp(&normal, &inverse_deviation, &d)?.reshape(x.shape())?.to_dtype(x.dtype())?;
+        Ok(match before {
+            Some(before) => (before + dx)?,
+            None => dx,
+        })
+    }
+
+    /// The gradients for weight and bias, for those who train them.
+    pub fn parameters_vjp(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+        if let Some(found) = cpu::layer_norm_parameters_vjp(x, dy, self.parameters())? {
+            return Ok(found);
+        }
+        let (normal, _) = self.normalize(x)?;
+        let dy = dy.to_dtype(normal.dtype())?.reshape(normal.shape())?;
+        // Sums over rows as products: candle's own sum goes element by element.
+        let ones = Tensor::ones((1, dy.dim(0)?), dy.dtype(), dy.device())?;
+        let over_rows = |t: &Tensor| Ok::<_, crate::Error>(ones.matmul(t)?.squeeze(0)?.to_dtype(x.dtype())?);
+        Ok((over_rows(&(normal * &dy)?)?, over_rows(&dy)?))
     }
 
     fn parameters(&self) -> cpu::Affine<'_> {
@@ -241,11 +274,14 @@ mod tests {
         assert_values(&norm.vjp_onto(&before, &x, &dy).unwrap(), &sum(norm.vjp_onto(&zeros, &x, &dy).unwrap()), 0.);
         assert_values(&norm.vjp_silu_onto(&before, &x, &dy).unwrap(), &sum(norm.vjp_silu(&x, &dy).unwrap()), 0.);
         let (norm, x) = (layer_norm(), values(0, (2, 5, 6)));
-        let zeros = x.zeros_like().unwrap();
-        assert_vjp("layer norm", &x, |x| norm.forward(x), |dy| norm.vjp_onto(&zeros, &x, dy));
+        assert_vjp("layer norm", &x, |x| norm.forward(x), |dy| norm.vjp(&x, dy));
         let (before, dy) = (values(1, x.shape()), values(2, x.shape()));
-        let sum = (&before + norm.vjp_onto(&zeros, &x, &dy).unwrap()).unwrap();
+        let sum = (&before + norm.vjp(&x, &dy).unwrap()).unwrap();
         assert_values(&norm.vjp_onto(&before, &x, &dy).unwrap(), &numbers(&sum), 0.);
+        let with = |weight: &Tensor, bias: &Tensor| LayerNorm::new(weight.clone(), bias.clone(), EPS).forward(&x);
+        let (weight, bias) = (&norm.weight, &norm.bias);
+        assert_vjp("weight", weight, |weight| with(weight, bias), |dy| Ok(norm.parameters_vjp(&x, dy)?.0));
+        assert_vjp("bias", bias, |bias| with(weight, bias), |dy| Ok(norm.parameters_vjp(&x, dy)?.1));
     }
 
     /// Squares and sums of such values are beyond f16's 65504.

@@ -1,10 +1,10 @@
-use candle_core::Tensor;
 use diffusion::Scope;
 
 use super::AdapterSizes;
 use super::attention::MultiheadAttention;
 use super::dropout::Dropout;
-use super::layers::{LayerNorm, Linear};
+use super::graph::{Graph, Value};
+use super::layers::{LayerNorm, Linear, add, relu};
 use crate::Result;
 
 /// A post-norm Transformer decoder layer; the query embedding is added to queries and keys, not to values.
@@ -31,21 +31,21 @@ impl DecoderLayer {
     }
 
     /// `x` and `query` are `[B, N, d]`, `memory` and `positions` `[B, h * w, d]`.
-    pub(super) fn forward(
-        &self,
-        x: &Tensor,
-        memory: &Tensor,
-        positions: &Tensor,
-        query: &Tensor,
+    pub(super) fn forward<'a>(
+        &'a self,
+        graph: &mut Graph<'a>,
+        [x, query]: [&Value; 2],
+        [memory, positions]: [&Value; 2],
         dropout: &mut Dropout,
-    ) -> Result<Tensor> {
-        let q = (x + query)?;
-        let seen = self.self_attn.forward(&q, &q, x, dropout)?;
-        let x = self.norm1.forward(&(x + dropout.apply(seen)?)?)?;
-        let seen = self.cross_attn.forward(&(&x + query)?, &(memory + positions)?, memory, dropout)?;
-        let x = self.norm2.forward(&(x + dropout.apply(seen)?)?)?;
-        let fed = self.feed_forward.forward(&x, dropout)?;
-        self.norm3.forward(&(&x + dropout.apply(fed)?)?)
+    ) -> Result<Value> {
+        let q = add(graph, x, query)?;
+        let x = self.self_attn.forward_onto(graph, x, [&q, &q, x], dropout)?;
+        let x = self.norm1.forward(graph, &x)?;
+        let (q, k) = (add(graph, &x, query)?, add(graph, memory, positions)?);
+        let x = self.cross_attn.forward_onto(graph, &x, [&q, &k, memory], dropout)?;
+        let x = self.norm2.forward(graph, &x)?;
+        let x = self.feed_forward.forward_onto(graph, &x, dropout)?;
+        self.norm3.forward(graph, &x)
     }
 }
 
@@ -58,7 +58,11 @@ impl FeedForward {
         Ok(Self(Linear::load(&scope.enter("linear1"), d, hidden)?, Linear::load(&scope.enter("linear2"), hidden, d)?))
     }
 
-    pub(super) fn forward(&self, x: &Tensor, dropout: &mut Dropout) -> Result<Tensor> {
-        self.1.forward(&dropout.apply(self.0.forward(x)?.relu()?)?)
+    /// `x` and what it is mapped to, which is dropped from.
+    pub(super) fn forward_onto<'a>(&'a self, graph: &mut Graph<'a>, x: &Value, dropout: &mut Dropout) -> Result<Value> {
+        let hidden = self.0.forward(graph, x)?;
+        let hidden = relu(graph, &hidden)?;
+        let hidden = dropout.apply(graph, hidden)?;
+        dropout.forward_onto(graph, &self.1, x, &hidden)
     }
 }

@@ -1,5 +1,7 @@
 use candle_core::Tensor;
 
+use super::graph::{Graph, Value};
+use super::layers::{self, Linear};
 use crate::Result;
 
 /// Dropout in training, where DETR has it: on attention weights, on what a layer adds, and within the feed-forward layers.
@@ -31,8 +33,33 @@ impl<'a> Dropout<'a> {
         self.0.is_some()
     }
 
-    pub(super) fn apply(&mut self, x: Tensor) -> Result<Tensor> {
-        let Some(Dropped { dropped, bits }) = &mut self.0 else { return Ok(x) };
+    pub(super) fn apply(&mut self, graph: &mut Graph, x: Value) -> Result<Value> {
+        if !self.drops() {
+            return Ok(x);
+        }
+        let mask = self.mask(x.tensor())?;
+        layers::scale(graph, &x, mask)
+    }
+
+    /// `residual` plus what is left of `linear(x)`.
+    pub(super) fn forward_onto<'g>(
+        &mut self,
+        graph: &mut Graph<'g>,
+        linear: &'g Linear,
+        residual: &Value,
+        x: &Value,
+    ) -> Result<Value> {
+        if !self.drops() {
+            return linear.forward_onto(graph, residual, x);
+        }
+        let y = linear.forward(graph, x)?;
+        let y = self.apply(graph, y)?;
+        layers::add(graph, residual, &y)
+    }
+
+    /// What `x` is multiplied by: zeros and factors.
+    pub(super) fn mask(&mut self, x: &Tensor) -> Result<Tensor> {
+        let Some(Dropped { dropped, bits }) = &mut self.0 else { return Ok(x.ones_like()?) };
         let grown = 65536. / (65536. - f32::from(*dropped));
         let mut mask = Vec::with_capacity(x.elem_count() + 3);
         while mask.len() < x.elem_count() {
@@ -40,8 +67,7 @@ impl<'a> Dropout<'a> {
             mask.extend([0, 16, 32, 48].map(|shift| if ((word >> shift) as u16) < *dropped { 0. } else { grown }));
         }
         mask.truncate(x.elem_count());
-        let mask = Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?;
-        Ok((x * mask)?)
+        Ok(Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)
     }
 }
 
@@ -65,8 +91,9 @@ mod tests {
     fn drops_its_share_and_keeps_the_mean() {
         let ones = Tensor::ones((101, 99), DType::F64, &Device::Cpu).unwrap();
         let mut bits = bits(1);
-        let dropped = Dropout::new(0.1, &mut bits).apply(ones).unwrap();
-        let values: Vec<f64> = dropped.flatten_all().unwrap().to_vec1().unwrap();
+        let ones = Value::constant(ones);
+        let dropped = Dropout::new(0.1, &mut bits).apply(&mut Graph::default(), ones).unwrap();
+        let values: Vec<f64> = dropped.tensor().flatten_all().unwrap().to_vec1().unwrap();
         let zeros = values.iter().filter(|v| **v == 0.).count() as f64 / values.len() as f64;
         // Five deviations of a share of 0.1 among 9999.
         assert!((zeros - 0.1).abs() < 0.015, "{zeros}");
@@ -78,7 +105,8 @@ mod tests {
         let x = Tensor::arange(0f32, 12., &Device::Cpu).unwrap();
         let mut never = || unreachable!("no bits are needed");
         for mut dropout in [Dropout::none(), Dropout::new(0., &mut never)] {
-            assert_eq!(dropout.apply(x.clone()).unwrap().to_vec1::<f32>().unwrap(), x.to_vec1::<f32>().unwrap());
+            let kept = dropout.apply(&mut Graph::default(), Value::constant(x.clone())).unwrap();
+            assert_eq!(kept.tensor().to_vec1::<f32>().unwrap(), x.to_vec1::<f32>().unwrap());
         }
     }
 }

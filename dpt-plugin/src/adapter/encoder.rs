@@ -1,11 +1,11 @@
-use candle_core::Tensor;
 use diffusion::Scope;
 
 use super::AdapterSizes;
 use super::attention::MultiheadAttention;
 use super::decoder::FeedForward;
 use super::dropout::Dropout;
-use super::layers::LayerNorm;
+use super::graph::{Graph, Value};
+use super::layers::{LayerNorm, add};
 use crate::Result;
 
 /// A post-norm Transformer encoder layer; positions are added to queries and keys, not to values.
@@ -27,11 +27,17 @@ impl EncoderLayer {
     }
 
     /// `x` and `positions` are `[B, h * w, d]`.
-    pub(super) fn forward(&self, x: &Tensor, positions: &Tensor, dropout: &mut Dropout) -> Result<Tensor> {
-        let q = (x + positions)?;
-        let seen = self.self_attn.forward(&q, &q, x, dropout)?;
-        let x = self.norm1.forward(&(x + dropout.apply(seen)?)?)?;
-        let fed = self.feed_forward.forward(&x, dropout)?;
-        self.norm2.forward(&(&x + dropout.apply(fed)?)?)
+    pub(super) fn forward<'a>(
+        &'a self,
+        graph: &mut Graph<'a>,
+        x: &Value,
+        positions: &Value,
+        dropout: &mut Dropout,
+    ) -> Result<Value> {
+        let q = add(graph, x, positions)?;
+        let x = self.self_attn.forward_onto(graph, x, [&q, &q, x], dropout)?;
+        let x = self.norm1.forward(graph, &x)?;
+        let x = self.feed_forward.forward_onto(graph, &x, dropout)?;
+        self.norm2.forward(graph, &x)
     }
 }

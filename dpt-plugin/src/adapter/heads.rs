@@ -2,18 +2,33 @@ use candle_core::Tensor;
 use diffusion::Scope;
 
 use super::AdapterSizes;
-use super::layers::Linear;
+use super::graph::{Graph, Value};
+use super::layers::{Linear, relu, sigmoid};
 use crate::Result;
 
 /// What the K grounding queries say.
-pub struct Grounding {
+pub struct Grounding<T = Tensor> {
     /// `[B, K, classes]`: one logit of the object's presence, or the release's 256 token classes, the last of which means
     /// no object.
-    pub class_logits: Tensor,
+    pub class_logits: T,
     /// `[B, K, 4]` (cx, cy, w, h) in [0, 1].
-    pub boxes: Tensor,
+    pub boxes: T,
     /// `[B, K, p]` in CLIP's space, where the checkpoint has the paper's semantic head; the release has another.
-    pub semantic: Option<Tensor>,
+    pub semantic: Option<T>,
+}
+
+impl<T> Grounding<T> {
+    /// What `f` makes of each.
+    pub fn try_map<U, E>(
+        self,
+        mut f: impl FnMut(T) -> std::result::Result<U, E>,
+    ) -> std::result::Result<Grounding<U>, E> {
+        Ok(Grounding {
+            class_logits: f(self.class_logits)?,
+            boxes: f(self.boxes)?,
+            semantic: self.semantic.map(f).transpose()?,
+        })
+    }
 }
 
 pub(super) struct Heads {
@@ -43,17 +58,24 @@ impl Heads {
         })
     }
 
-    pub(super) fn matching(&self, queries: &Tensor) -> Result<Tensor> {
-        self.matching.1.forward(&self.matching.0.forward(queries)?.relu()?)
+    pub(super) fn matching<'a>(&'a self, graph: &mut Graph<'a>, queries: &Value) -> Result<Value> {
+        let hidden = self.matching.0.forward(graph, queries)?;
+        let hidden = relu(graph, &hidden)?;
+        self.matching.1.forward(graph, &hidden)
     }
 
-    pub(super) fn grounding(&self, queries: &Tensor) -> Result<Grounding> {
+    pub(super) fn grounding<'a>(&'a self, graph: &mut Graph<'a>, queries: &Value) -> Result<Grounding<Value>> {
         let [first, second, third] = &self.boxes;
-        let hidden = second.forward(&first.forward(queries)?.relu()?)?.relu()?;
+        let mut hidden = queries.clone();
+        for layer in [first, second] {
+            hidden = layer.forward(graph, &hidden)?;
+            hidden = relu(graph, &hidden)?;
+        }
+        let boxes = third.forward(graph, &hidden)?;
         Ok(Grounding {
-            class_logits: self.class.forward(queries)?,
-            boxes: candle_nn::ops::sigmoid(&third.forward(&hidden)?)?,
-            semantic: self.semantic.as_ref().map(|head| head.forward(queries)).transpose()?,
+            class_logits: self.class.forward(graph, queries)?,
+            boxes: sigmoid(graph, &boxes)?,
+            semantic: self.semantic.as_ref().map(|head| head.forward(graph, queries)).transpose()?,
         })
     }
 }

@@ -2,24 +2,27 @@
 //! with queries, the first M of which speak of the whole image (matching) and the other K of its objects (grounding).
 //!
 //! Names and shapes of the weights are those of the released checkpoint. The adapter computes in its weights' dtype, f32 as the
-//! plugin loads them, through operations that candle's autograd can differentiate: its input gradient at inference, its
-//! weights in training, where it is loaded from variables.
+//! plugin loads them. A [`Graph`] differentiates it: for its input at inference, for its weights in training, where it is loaded
+//! from variables.
 
 mod attention;
 mod decoder;
 mod dropout;
 mod encoder;
-mod fused;
+mod graph;
 mod heads;
 mod init;
 mod layers;
 mod positions;
 mod sizes;
+#[cfg(test)]
+mod tests;
 
 use candle_core::{DType, Device, Tensor};
 use diffusion::{Scope, timestep_sinusoid};
 
 pub use dropout::Dropout;
+pub use graph::{Cotangents, Graph, Value};
 pub use heads::Grounding;
 pub use init::Draw;
 pub use sizes::{AdapterSizes, SizeHints};
@@ -27,15 +30,18 @@ pub use sizes::{AdapterSizes, SizeHints};
 use crate::Result;
 use decoder::DecoderLayer;
 use encoder::EncoderLayer;
+use graph::Parameter;
 use heads::Heads;
 use layers::{LayerNorm, Linear};
+use positions::SinePositions;
 
 /// A loaded adapter. Shapes: B items, N = M + K queries, d model width, p width of CLIP's pooled text embedding.
 pub struct Adapter {
     sizes: AdapterSizes,
     input_proj: Linear,
-    query_embed: Tensor,
+    query_embed: Parameter,
     time: (Linear, Linear),
+    positions: SinePositions,
     encoder: Vec<EncoderLayer>,
     decoder: Vec<DecoderLayer>,
     decoder_norm: LayerNorm,
@@ -47,7 +53,8 @@ impl Adapter {
     /// Takes the adapter's tensors from a checkpoint in the released names.
     pub fn load(scope: &Scope, sizes: AdapterSizes) -> Result<Self> {
         let (d, before) = (sizes.d_model, scope.taken_bytes());
-        let projection = scope.tensor("input_proj.weight", &[d, sizes.channels, 1, 1])?.flatten_from(1)?;
+        let projection = Parameter::load(scope, "input_proj.weight", &[d, sizes.channels, 1, 1])?;
+        let projection = projection.reshape((d, sizes.channels))?;
         let time = scope.enter("timestep_embedding.time_embedding");
         let encoder = scope.enter("transformer.encoder.layers");
         let decoder = scope.enter("transformer.decoder");
@@ -55,9 +62,10 @@ impl Adapter {
         let decoder_layers =
             (0..sizes.decoder_layers).map(|i| DecoderLayer::load(&decoder.enter(format_args!("layers.{i}")), &sizes));
         Ok(Self {
-            input_proj: Linear::new(projection, scope.tensor("input_proj.bias", &[d])?),
-            query_embed: scope.tensor("query_embed.weight", &[sizes.queries(), d])?,
+            input_proj: Linear::new(projection, Parameter::load(scope, "input_proj.bias", &[d])?),
+            query_embed: Parameter::load(scope, "query_embed.weight", &[sizes.queries(), d])?,
             time: (Linear::load(&time.enter("linear_1"), d, 4 * d)?, Linear::load(&time.enter("linear_2"), 4 * d, d)?),
+            positions: SinePositions::default(),
             encoder: encoder_layers.collect::<Result<_>>()?,
             decoder: decoder_layers.collect::<Result<_>>()?,
             decoder_norm: LayerNorm::load(&decoder.enter("norm"), d)?,
@@ -79,47 +87,73 @@ impl Adapter {
 
     /// The device that the weights are on.
     pub fn device(&self) -> &Device {
-        self.query_embed.device()
+        self.query_embed.tensor().device()
     }
 
     /// The dtype of the weights, which the adapter computes in.
     pub fn dtype(&self) -> DType {
-        self.query_embed.dtype()
+        self.query_embed.tensor().dtype()
     }
 
     /// Q*: every decoder layer's normalised output, `[layers, B, N, d]`, for the tapped features `[B, C, h, w]` at one
     /// timestep per item (Eq. 1).
     pub fn queries(&self, features: &Tensor, timesteps: &[f64]) -> Result<Tensor> {
-        self.queries_dropped(features, timesteps, &mut Dropout::none())
+        let features = Value::constant(features.to_dtype(self.dtype())?);
+        let layers = self.decoded(&mut Graph::default(), &features, timesteps, &mut Dropout::none())?;
+        Ok(Tensor::stack(&layers.iter().map(Value::tensor).collect::<Vec<_>>(), 0)?)
     }
 
-    /// The same with dropout, as in training.
-    pub fn queries_dropped(&self, features: &Tensor, timesteps: &[f64], dropout: &mut Dropout) -> Result<Tensor> {
-        let (b, _, h, w) = features.dims4()?;
-        let (d, dtype) = (self.sizes.d_model, self.dtype());
-        let features = features.to_dtype(dtype)?;
-        let wave = timestep_sinusoid(timesteps, d, true, 0., features.device())?.to_dtype(dtype)?;
-        let time = self.time.1.forward(&self.time.0.forward(&wave)?.silu()?)?;
-        let positions = positions::sine(h, w, d, features.device())?.to_dtype(dtype)?;
-        let positions = positions.broadcast_add(&time.unsqueeze(1)?)?;
+    /// The last layer's, `[B, N, d]`, to be differentiated; with dropout, as in training, or [`Dropout::none`].
+    pub fn last_queries<'a>(
+        &'a self,
+        graph: &mut Graph<'a>,
+        features: &Value,
+        timesteps: &[f64],
+        dropout: &mut Dropout,
+    ) -> Result<Value> {
+        Ok(self.decoded(graph, features, timesteps, dropout)?.pop().expect("an adapter has a decoder layer"))
+    }
 
-        let mut memory = self.input_proj.forward(&features.flatten_from(2)?.transpose(1, 2)?.contiguous()?)?;
+    fn decoded<'a>(
+        &'a self,
+        graph: &mut Graph<'a>,
+        features: &Value,
+        timesteps: &[f64],
+        dropout: &mut Dropout,
+    ) -> Result<Vec<Value>> {
+        let (b, _, h, w) = features.tensor().dims4()?;
+        let (d, dtype, device) = (self.sizes.d_model, self.dtype(), self.device());
+        let wave = Value::constant(timestep_sinusoid(timesteps, d, true, 0., device)?.to_dtype(dtype)?);
+        let hidden = self.time.0.forward(graph, &wave)?;
+        let hidden = layers::silu(graph, &hidden)?;
+        let time = self.time.1.forward(graph, &hidden)?;
+        let positions = self.positions.of(h, w, d, dtype, device)?;
+        let positions = layers::add_to_tokens(graph, &positions, &time)?;
+
+        let tokens = layers::tokens(graph, features)?;
+        let mut memory = self.input_proj.forward(graph, &tokens)?;
         for layer in &self.encoder {
-            memory = layer.forward(&memory, &positions, dropout)?;
+            memory = layer.forward(graph, &memory, &positions, dropout)?;
         }
-        let query = self.query_embed.unsqueeze(0)?.broadcast_as((b, self.sizes.queries(), d))?.contiguous()?;
-        let mut target = query.zeros_like()?;
+        let query = layers::repeat(graph, &self.query_embed, b)?;
+        let mut target = Value::constant(query.tensor().zeros_like()?);
         let mut layers = Vec::with_capacity(self.decoder.len());
         for layer in &self.decoder {
-            target = layer.forward(&target, &memory, &positions, &query, dropout)?;
-            layers.push(self.decoder_norm.forward(&target)?);
+            target = layer.forward(graph, [&target, &query], [&memory, &positions], dropout)?;
+            layers.push(self.decoder_norm.forward(graph, &target)?);
         }
-        Ok(Tensor::stack(&layers, 0)?)
+        Ok(layers)
     }
 
     /// The matching queries of `[B, N, d]` in CLIP's space, h: `[B, M, p]`.
     pub fn matching(&self, queries: &Tensor) -> Result<Tensor> {
-        self.heads.matching(&queries.narrow(1, 0, self.sizes.matching_queries)?.contiguous()?)
+        Ok(self.matching_of(&mut Graph::default(), &Value::constant(queries.clone()))?.tensor().clone())
+    }
+
+    /// The same, to be differentiated.
+    pub fn matching_of<'a>(&'a self, graph: &mut Graph<'a>, queries: &Value) -> Result<Value> {
+        let matching = graph.narrow(queries, 1, 0, self.sizes.matching_queries)?;
+        self.heads.matching(graph, &matching)
     }
 
     /// ln(1 / tau), the learned temperature of the contrastive loss: a scalar. The score itself has none.
@@ -129,7 +163,14 @@ impl Adapter {
 
     /// What the grounding queries of `[B, N, d]` say.
     pub fn grounding(&self, queries: &Tensor) -> Result<Grounding> {
+        let found = self.grounding_of(&mut Graph::default(), &Value::constant(queries.clone()))?;
+        found.try_map(|value| Ok(value.tensor().clone()))
+    }
+
+    /// The same, to be differentiated.
+    pub fn grounding_of<'a>(&'a self, graph: &mut Graph<'a>, queries: &Value) -> Result<Grounding<Value>> {
         let AdapterSizes { matching_queries, grounding_queries, .. } = self.sizes;
-        self.heads.grounding(&queries.narrow(1, matching_queries, grounding_queries)?.contiguous()?)
+        let grounding = graph.narrow(queries, 1, matching_queries, grounding_queries)?;
+        self.heads.grounding(graph, &grounding)
     }
 }

@@ -1,10 +1,31 @@
-use candle_core::{Device, Tensor};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 
+/// Those of the size that was last asked for: every step of a run asks for the same.
+#[derive(Default)]
+pub(super) struct SinePositions(Mutex<Option<((usize, usize), Tensor)>>);
+
+impl SinePositions {
+    /// [`sine`] of an adapter's `d`, dtype and device.
+    pub(super) fn of(&self, height: usize, width: usize, d: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((size, positions)) = &*last
+            && *size == (height, width)
+        {
+            return Ok(positions.clone());
+        }
+        let positions = sine(height, width, d, device)?.to_dtype(dtype)?;
+        *last = Some(((height, width), positions.clone()));
+        Ok(positions)
+    }
+}
+
 /// DETR's normalised 2-D sine embedding with temperature 10000, `[1, h * w, d]`: the first half of the channels encodes y,
 /// the second x. `d` is divisible by 4.
-pub(super) fn sine(height: usize, width: usize, d: usize, device: &Device) -> Result<Tensor> {
+fn sine(height: usize, width: usize, d: usize, device: &Device) -> Result<Tensor> {
     let half = d / 2;
     let wave = |index: usize, size: usize| {
         let position = (index + 1) as f32 / (size as f32 + 1e-6) * std::f32::consts::TAU;

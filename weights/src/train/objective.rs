@@ -2,8 +2,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor, Var};
 use diffusion::Tape;
-use dpt_plugin::Dropout;
 use dpt_plugin::loss::{GroundingLoss, in_batch_loss, pair_scores, scores_of_texts, triplet_loss};
+use dpt_plugin::{Dropout, Graph, Value};
 
 use super::{Batch, Model, Negatives};
 use crate::discriminator::as_f64;
@@ -85,22 +85,33 @@ impl Objective {
             return Ok(());
         }
         let (discriminator, adapter) = (model.discriminator(), model.discriminator().adapter());
-        let features = Features::compute(model, &rows)?;
+        let mut graph = Graph::default();
+        let (features, tape) = features(model, &rows, &mut graph)?;
         let mut random = Random::new(batch.dropout_seed, 0);
         let mut bits = || random.bits();
         let mut dropout = Dropout::new(self.dropout, &mut bits);
-        let queries = adapter.queries_dropped(features.tensor(), &rows.timesteps, &mut dropout)?;
-        let queries = queries.get(queries.dim(0)? - 1)?;
+        let queries = adapter.last_queries(&mut graph, &features, &rows.timesteps, &mut dropout)?;
         // The rows of the grounding loss are the last.
         let pairs = rows.timesteps.len() - grounded.map_or(0, |(items, _, _)| items.len());
 
-        let mut total = Tensor::zeros((), model.dtype(), queries.device())?;
+        // The losses are candle's to differentiate, down to the adapter's answers.
+        let mut answers: Vec<(Value, Var)> = Vec::new();
+        let mut answer = |value: Value| -> Result<Tensor> {
+            let variable = Var::from_tensor(value.tensor())?;
+            let tensor = variable.as_tensor().clone();
+            answers.push((value, variable));
+            Ok(tensor)
+        };
+        let mut total = Tensor::zeros((), model.dtype(), adapter.device())?;
         if matching != 0. {
-            let loss = self.matching_loss(model, batch, &queries.narrow(0, 0, pairs)?, losses)?;
+            let queries = graph.narrow(&queries, 0, 0, pairs)?;
+            let h = answer(adapter.matching_of(&mut graph, &queries)?)?;
+            let loss = self.matching_loss(model, batch, &h, losses)?;
             total = (total + (loss * matching)?)?;
         }
         if let Some((items, phrases, boxes)) = grounded {
-            let found = adapter.grounding(&queries.narrow(0, pairs, items.len())?)?;
+            let queries = graph.narrow(&queries, 0, pairs, items.len())?;
+            let found = adapter.grounding_of(&mut graph, &queries)?.try_map(&mut answer)?;
             let terms = self.grounding.terms(&found, &boxes.to_dtype(model.dtype())?, &phrases.pooled)?;
             losses.insert("presence", scalar(&terms.presence)?);
             losses.insert("box_l1", scalar(&terms.l1)?);
@@ -112,14 +123,17 @@ impl Objective {
         }
         *losses.entry("loss").or_default() += scalar(&total)?;
         let mut store = total.backward()?;
+        let answers = answers.into_iter().filter_map(|(value, variable)| Some((value, store.remove(&variable)?)));
+        let mut found = graph.backward(answers.collect::<Vec<_>>())?;
         for (name, variable) in model.parameters() {
-            if let Some(gradient) = store.remove(variable) {
+            // The temperature is the losses' own.
+            if let Some(gradient) = found.take_variable(variable)?.or_else(|| store.remove(variable)) {
                 gradients.insert(name.clone(), gradient);
             }
         }
-        if let Features::Recorded(variable, tape) = features {
-            let cotangent = store.remove(&variable).expect("the losses depend on the features");
-            let lora = discriminator.unet().vjp_lora(*tape, &cotangent, model.lora())?;
+        if let Some(tape) = tape {
+            let cotangent = found.take(&features).expect("the losses depend on the features");
+            let lora = discriminator.unet().vjp_lora(tape, &cotangent, model.lora())?;
             add_gradients(gradients, model.lora_gradients(lora))?;
         }
         Ok(())
@@ -166,15 +180,14 @@ impl Objective {
         self.weights.matching != 0. && self.contrast == Contrast::Triplets
     }
 
-    /// L_T2I + L_I2T of the queries of the rows for matching.
-    fn matching_loss(&self, model: &Model, batch: &Batch, queries: &Tensor, losses: &mut Losses) -> Result<Tensor> {
-        let (adapter, b) = (model.discriminator().adapter(), batch.timesteps.len());
-        let h = adapter.matching(queries)?;
-        let scale = adapter.logit_scale().exp()?;
+    /// L_T2I + L_I2T of h `[R, M, p]` of the rows for matching.
+    fn matching_loss(&self, model: &Model, batch: &Batch, h: &Tensor, losses: &mut Losses) -> Result<Tensor> {
+        let b = batch.timesteps.len();
+        let scale = model.discriminator().adapter().logit_scale().exp()?;
         let own = &batch.captions.pooled;
         let (t2i, i2t, right) = match self.negatives(batch)? {
             None => {
-                let scores = scores_of_texts(&h, &own.to_dtype(h.dtype())?)?;
+                let scores = scores_of_texts(h, &own.to_dtype(h.dtype())?)?;
                 let (t2i, i2t) = in_batch_loss(&scores, &scale)?;
                 let diagonal = scores.mul(&Tensor::eye(b, scores.dtype(), scores.device())?)?.sum(1)?;
                 (t2i, i2t, diagonal)
@@ -182,7 +195,7 @@ impl Objective {
             Some(Negatives { captions: [hard, random], .. }) => {
                 let texts = [own, &hard.pooled, &random.pooled, own, own];
                 let texts = Tensor::cat(&texts, 0)?.to_dtype(h.dtype())?;
-                let scores = pair_scores(&h, &texts)?.reshape((5, b))?;
+                let scores = pair_scores(h, &texts)?.reshape((5, b))?;
                 let others = |i: usize| scores.narrow(0, i, 2)?.t()?.contiguous();
                 let positive = scores.get(0)?;
                 let (t2i, i2t) = triplet_loss(&positive, &others(3)?, &others(1)?, &scale)?;
@@ -215,30 +228,17 @@ impl Objective {
     }
 }
 
-/// The tapped features: followed into the U-Net when its factors are trained.
-enum Features {
-    Fixed(Tensor),
-    Recorded(Var, Box<Tape>),
-}
-
-impl Features {
-    fn compute(model: &Model, rows: &Rows) -> Result<Self> {
-        let (latents, text) = (Tensor::cat(&rows.latents, 0)?, Tensor::cat(&rows.texts, 0)?);
-        let (unet, tap) = (model.discriminator().unet(), model.discriminator().tap());
-        let text = unet.text(&text)?;
-        if model.lora().is_empty() {
-            return Ok(Self::Fixed(unet.features(&latents, &rows.timesteps, &text, tap)?));
-        }
-        let (features, tape) = unet.forward_to(&latents, &rows.timesteps, &text, tap)?;
-        Ok(Self::Recorded(Var::from_tensor(&features)?, Box::new(tape)))
+/// The tapped features, followed into the U-Net when its factors are trained.
+fn features(model: &Model, rows: &Rows, graph: &mut Graph) -> Result<(Value, Option<Tape>)> {
+    let (latents, text) = (Tensor::cat(&rows.latents, 0)?, Tensor::cat(&rows.texts, 0)?);
+    let (unet, tap) = (model.discriminator().unet(), model.discriminator().tap());
+    let (text, dtype) = (unet.text(&text)?, model.dtype());
+    if model.lora().is_empty() {
+        let features = unet.features(&latents, &rows.timesteps, &text, tap)?;
+        return Ok((Value::constant(features.to_dtype(dtype)?), None));
     }
-
-    fn tensor(&self) -> &Tensor {
-        match self {
-            Self::Fixed(features) => features,
-            Self::Recorded(features, _) => features,
-        }
-    }
+    let (features, tape) = unet.forward_to(&latents, &rows.timesteps, &text, tap)?;
+    Ok((graph.input(features.to_dtype(dtype)?), Some(tape)))
 }
 
 /// Adds gradients to those of the same parameters.

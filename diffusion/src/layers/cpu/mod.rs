@@ -36,7 +36,7 @@ pub use norm::{
     GroupNormSizes, group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_parameters_vjp,
     layer_norm_rows_vjp,
 };
-pub(super) use norm::{group_norm, group_norm_vjp, layer_norm, layer_norm_vjp};
+pub(super) use norm::{group_norm, group_norm_vjp, layer_norm, layer_norm_parameters_vjp, layer_norm_vjp};
 pub(super) use softmax::{softmax, softmax_vjp};
 pub use softmax::{softmax_rows, softmax_rows_vjp};
 pub(super) use transpose::transpose_last;

@@ -180,6 +180,18 @@ pub(in crate::layers) fn layer_norm_vjp(
     tensor(layer_norm_rows_vjp(&xs, &dys, &weight, affine.eps, added.as_deref()), x.shape()).map(Some)
 }
 
+/// The gradients for weight and bias of [`layer_norm`].
+pub(in crate::layers) fn layer_norm_parameters_vjp(
+    x: &Tensor,
+    dy: &Tensor,
+    affine: Affine,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let (Some(xs), Some(dys)) = (Values::of(x), Values::of(dy)) else { return Ok(None) };
+    let n = affine.weight.elem_count();
+    let (weight, bias) = layer_norm_rows_parameters_vjp(&xs, &dys, n, affine.eps);
+    Ok(Some((tensor(weight, n)?, tensor(bias, n)?)))
+}
+
 /// Layer norm of rows as long as `weight` and `bias`.
 pub fn layer_norm_rows(x: &[f32], weight: &[f32], bias: &[f32], eps: f64) -> Vec<f32> {
     let n = weight.len();

@@ -1,6 +1,7 @@
-//! Layers in half precision on CUDA. Images lie in memory as `[B, h, w, C]` there, whatever their tensors' shapes say: the
-//! kernels want channels side by side, and tokens are images then. The formulas of tensor operations beside which these
-//! stand are the reference; they serve f32, and every size that a kernel does not take.
+//! Layers in half precision on CUDA, and what lies between products of rows in f32. Images lie in memory as `[B, h, w, C]` in half
+//! precision, whatever their tensors' shapes say: the kernels want channels side by side, and tokens are images then. The
+//! formulas of tensor operations beside which these stand are the reference; they serve f32 else, and every size that a kernel does
+//! not take.
 
 mod attention;
 mod convolution;
@@ -19,7 +20,7 @@ use candle_core::cuda::cudarc::driver::{
 };
 use candle_core::cuda::{CudaDType, CudaDevice, CudaStorage, DeviceId};
 use candle_core::op::BackpropOp;
-use candle_core::{DType, Device, Layout, Shape, Storage, Tensor};
+use candle_core::{D, DType, Device, Layout, Shape, Storage, Tensor};
 use half::{bf16, f16};
 
 pub use attention::{attend, attend_vjp};
@@ -28,7 +29,7 @@ pub use norm::{group_norm, group_norm_vjp};
 pub(super) use norm::{layer_norm, layer_norm_vjp};
 pub(super) use pointwise::{add, cat_channels, narrow_channels, upsample, upsample_vjp};
 pub use pointwise::{geglu, geglu_vjp};
-pub use rows::{Rows, layer_norm_rows, layer_norm_rows_vjp, linear, softmax_rows, softmax_rows_vjp};
+pub(super) use rows::{softmax, softmax_vjp};
 
 use crate::Result;
 
@@ -42,6 +43,17 @@ const EIGHT: usize = 8;
 /// Whether the kernels take this tensor's dtype and device.
 pub(super) fn takes(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cuda(_)) && matches!(x.dtype(), DType::F16 | DType::BF16)
+}
+
+/// The file of the kernels that take rows of this tensor's last dimension, any in f32 and multiples of eight in half precision: those
+/// of one name have the same arguments.
+fn of_rows(x: &Tensor, half: &'static Ptx) -> Result<Option<&'static Ptx>> {
+    let ptx = match x.dtype() {
+        DType::F32 if matches!(x.device(), Device::Cuda(_)) => Some(&rows::PTX),
+        _ if takes(x) && x.dim(D::Minus1)?.is_multiple_of(EIGHT) => Some(half),
+        _ => None,
+    };
+    Ok(ptx.filter(|_| x.elem_count() > 0))
 }
 
 /// `[B, C, h, w]` as `[B, h, w, C]`, contiguous: no copy where an image came from a kernel.

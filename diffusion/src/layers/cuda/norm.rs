@@ -3,7 +3,7 @@
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
 use candle_core::{D, Tensor};
 
-use super::{EIGHT, Kernels, Ptx, channels_first, channels_last, ptx, takes, threads_for};
+use super::{EIGHT, Kernels, Ptx, channels_first, channels_last, of_rows, ptx, takes, threads_for};
 use crate::Result;
 use crate::layers::cpu::Affine;
 
@@ -122,11 +122,8 @@ impl Pass {
 
 /// Over the last dimension.
 pub(in crate::layers) fn layer_norm(x: &Tensor, affine: Affine) -> Result<Option<Tensor>> {
-    let width = x.dim(D::Minus1)?;
-    if !takes(x) || !width.is_multiple_of(EIGHT) || x.elem_count() == 0 {
-        return Ok(None);
-    }
-    let x = x.contiguous()?;
+    let Some(ptx) = of_rows(x, &PTX)? else { return Ok(None) };
+    let (x, width) = (x.contiguous()?, x.dim(D::Minus1)?);
     let kernels = Kernels::of(&x);
     let y = kernels.output(x.shape())?;
     let (from, to) = (kernels.address(&x)?, kernels.address(&y)?);
@@ -135,30 +132,28 @@ pub(in crate::layers) fn layer_norm(x: &Tensor, affine: Affine) -> Result<Option
     let (count, width, eps) = (rows as i64, width as i32, affine.eps as f32);
     let arguments: [&dyn super::Argument; 7] = [&from, &weight, &bias, &to, &count, &width, &eps];
     // SAFETY: the arguments of the kernel, a warp to a row.
-    unsafe { kernels.launch(&PTX, "layer_norm", threads_for(32 * rows), &arguments)? };
+    unsafe { kernels.launch(ptx, "layer_norm", threads_for(32 * rows), &arguments)? };
     Ok(Some(y))
 }
 
-/// `before` plus the gradient for `x` of [`layer_norm`].
+/// The gradient for `x` of [`layer_norm`], plus `before`.
 pub(in crate::layers) fn layer_norm_vjp(
     x: &Tensor,
     dy: &Tensor,
     affine: Affine,
-    before: &Tensor,
+    before: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
-    let width = x.dim(D::Minus1)?;
-    if !takes(x) || !width.is_multiple_of(EIGHT) || x.elem_count() == 0 {
-        return Ok(None);
-    }
-    let [x, dy, before] = [x.contiguous()?, dy.contiguous()?, before.contiguous()?];
+    let Some(ptx) = of_rows(x, &PTX)? else { return Ok(None) };
+    let ([x, dy], width) = ([x.contiguous()?, dy.contiguous()?], x.dim(D::Minus1)?);
+    let before = before.map(Tensor::contiguous).transpose()?;
     let kernels = Kernels::of(&x);
     let dx = kernels.output(x.shape())?;
-    let (from, d, before) = (kernels.address(&x)?, kernels.address(&dy)?, kernels.address(&before)?);
+    let (from, d, before) = (kernels.address(&x)?, kernels.address(&dy)?, kernels.optional(before.as_ref())?);
     let (weight, to) = (kernels.address(affine.weight)?, kernels.address(&dx)?);
     let rows = x.elem_count() / width;
     let (count, width, eps) = (rows as i64, width as i32, affine.eps as f32);
     let arguments: [&dyn super::Argument; 8] = [&from, &d, &before, &weight, &to, &count, &width, &eps];
     // SAFETY: the arguments of the kernel, a warp to a row.
-    unsafe { kernels.launch(&PTX, "layer_norm_vjp", threads_for(32 * rows), &arguments)? };
+    unsafe { kernels.launch(ptx, "layer_norm_vjp", threads_for(32 * rows), &arguments)? };
     Ok(Some(dx))
 }

@@ -1,8 +1,8 @@
 //! What lies between products, each in one pass over memory.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
 
-use super::{EIGHT, Kernels, Ptx, channels_first, channels_last, ptx, takes, threads_for};
+use super::{EIGHT, Kernels, Ptx, channels_first, channels_last, of_rows, ptx, takes, threads_for};
 use crate::Result;
 
 const PTX: Ptx = Ptx { name: "pointwise", source: ptx::POINTWISE };
@@ -14,19 +14,17 @@ fn takes_rows(x: &Tensor, width: usize) -> bool {
 
 /// `x + bias + residual`, the bias along the last dimension; either may be absent.
 pub(in crate::layers) fn add(x: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Option<Tensor>> {
-    let width = x.dim(D::Minus1)?;
-    if !takes_rows(x, width) {
-        return Ok(None);
-    }
-    let (x, residual) = (x.contiguous()?, residual.map(Tensor::contiguous).transpose()?);
+    let Some(ptx) = of_rows(x, &PTX)? else { return Ok(None) };
+    let (x, width) = (x.contiguous()?, x.dim(D::Minus1)?);
+    let residual = residual.map(Tensor::contiguous).transpose()?;
     let kernels = Kernels::of(&x);
     let y = kernels.output(x.shape())?;
     let (from, to) = (kernels.address(&x)?, kernels.address(&y)?);
     let (bias, residual) = (kernels.optional(bias)?, kernels.optional(residual.as_ref())?);
     let (count, width) = (x.elem_count() as i64, width as i32);
-    let config = threads_for(x.elem_count() / EIGHT);
-    // SAFETY: the arguments of the kernel, a thread to eight values.
-    unsafe { kernels.launch(&PTX, "add_bias", config, &[&from, &bias, &residual, &to, &count, &width])? };
+    let config = threads_for(if x.dtype() == DType::F32 { x.elem_count() } else { x.elem_count() / EIGHT });
+    // SAFETY: the arguments of the kernel, a thread to eight values, to one in f32.
+    unsafe { kernels.launch(ptx, "add_bias", config, &[&from, &bias, &residual, &to, &count, &width])? };
     Ok(Some(y))
 }
 

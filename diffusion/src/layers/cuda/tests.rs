@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::layers::finite_difference::{numbers, values, weights};
 use crate::layers::{
     Attended, Conv2d, GroupNorm, LayerNorm, Linear, add_images, cat_channels, geglu, geglu_vjp, narrow_channels,
-    to_image, to_image_onto, to_tokens, upsample_nearest, upsample_nearest_vjp,
+    softmax, softmax_vjp, to_image, to_image_onto, to_tokens, upsample_nearest, upsample_nearest_vjp,
 };
 use crate::{Checkpoint, Result};
 
@@ -121,21 +121,34 @@ fn norms() {
         same(&what, fast.forward_silu(&x), exact.forward_silu(&x64), 2. * tolerance);
         same(&what, fast.vjp_silu(&x, &dy), exact.vjp_silu(&x64, &dy64), 2. * tolerance);
         same(&what, fast.vjp_onto(&before, &x, &dy), exact.vjp_onto(&before64, &x64, &dy64), 2. * tolerance);
-        let (fast, exact) = both(dtype, &shapes, |file| LayerNorm::load(&file.root(), channels, 1e-5).unwrap());
-        let tokens = |x: &Tensor| to_tokens(x).unwrap();
-        same(&what, fast.forward(&tokens(&x)), exact.forward(&tokens(&x64)), 2. * tolerance);
-        same(
-            &what,
-            fast.vjp_onto(&tokens(&before), &tokens(&x), &tokens(&dy)),
-            exact.vjp_onto(&tokens(&before64), &tokens(&x64), &tokens(&dy64)),
-            2. * tolerance,
-        );
+    }
+}
+
+#[test]
+fn norms_and_softmax_of_rows() {
+    let sizes = [(DType::F32, 3e-6, 7), (DType::F32, 3e-6, 256)].into_iter();
+    let sizes = sizes.chain(TOLERANCES.iter().flat_map(|(dtype, t)| [16, 1280].map(|width| (*dtype, 2. * t, width))));
+    for (dtype, tolerance, width) in sizes {
+        let shapes: [(&str, &[usize]); 2] = [("weight", &[width]), ("bias", &[width])];
+        let what = format!("{dtype:?}, width {width}");
+        let (fast, exact) = both(dtype, &shapes, |file| LayerNorm::load(&file.root(), width, 1e-5).unwrap());
+        let (x, x64) = pair(dtype, &(values(0, (3, 11, width)) + 3.).unwrap());
+        let (dy, dy64) = pair(dtype, &values(1, (3, 11, width)));
+        let (before, before64) = pair(dtype, &values(2, (3, 11, width)));
+        same(&what, fast.forward(&x), exact.forward(&x64), tolerance);
+        same(&what, fast.vjp(&x, &dy), exact.vjp(&x64, &dy64), tolerance);
+        same(&what, fast.vjp_onto(&before, &x, &dy), exact.vjp_onto(&before64, &x64, &dy64), tolerance);
+        if dtype == DType::F32 {
+            let (p, p64) = (softmax(&x).unwrap(), softmax(&x64).unwrap());
+            same(&what, softmax_vjp(&p, &dy), softmax_vjp(&p64, &dy64), 10. * tolerance);
+            same(&what, Ok(p), Ok(p64), tolerance);
+        }
     }
 }
 
 #[test]
 fn linear_maps_of_tokens_and_channels() {
-    for (dtype, tolerance) in TOLERANCES {
+    for (dtype, tolerance) in TOLERANCES.into_iter().chain([(DType::F32, 3e-6)]) {
         let shapes: [(&str, &[usize]); 2] = [("weight", &[24, 16]), ("bias", &[24])];
         let (fast, exact) = both(dtype, &shapes, |file| Linear::load(&file.root(), 16, 24).unwrap());
         let (x, x64) = pair(dtype, &values(0, (2, 16, 3, 5)));

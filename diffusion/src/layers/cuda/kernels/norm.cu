@@ -180,11 +180,16 @@ __device__ void layer_norm(const T *x, const T *dy, const T *before, const T *we
         Eight<T> value(x + i);
         const Eight<T> w(weight + i);
         if (VJP) {
-            const Eight<T> d(dy + i), more(before + row * width + i);
+            const Eight<T> d(dy + i);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 const float normal = (value.v[j] - mean) * inverse_deviation;
-                value.v[j] = more.v[j] + inverse_deviation * (d.v[j] * w.v[j] - mean_d - normal * mean_dx);
+                value.v[j] = inverse_deviation * (d.v[j] * w.v[j] - mean_d - normal * mean_dx);
+            }
+            if (before) {
+                const Eight<T> more(before + row * width + i);
+#pragma unroll
+                for (int j = 0; j < 8; j++) value.v[j] += more.v[j];
             }
         } else {
             const Eight<T> b(bias + i);

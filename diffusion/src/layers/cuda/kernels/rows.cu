@@ -1,4 +1,4 @@
-// Rows of any width in f32, a warp to a row: what the adapter is made of beside products.
+// Rows of any width in f32: what lies between products. A warp to a row.
 #include "half.cuh"
 
 __device__ inline float warp_max(float x) {
@@ -13,9 +13,10 @@ __device__ inline bool own_row(long rows, long &row, int &lane) {
     return row < rows;
 }
 
-extern "C" __global__ void add_row_f32(const float *x, const float *added, float *y, long rows, int width) {
+// y = x + bias of the column + residual, over [rows, width]; bias and residual may be absent.
+extern "C" __global__ void add_bias_f32(const float *x, const float *bias, const float *residual, float *y, long count, int width) {
     const long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < rows * width) y[i] = x[i] + added[i % width];
+    if (i < count) y[i] = x[i] + (bias ? bias[i % width] : 0) + (residual ? residual[i] : 0);
 }
 
 struct Moments {
@@ -30,8 +31,8 @@ __device__ inline Moments moments(const float *x, int width, float eps, int lane
     return {mean, rsqrtf(warp_sum(squares) / width + eps)};
 }
 
-extern "C" __global__ void layer_norm_rows_f32(const float *x, const float *weight, const float *bias, float *y, long rows,
-                                               int width, float eps) {
+extern "C" __global__ void layer_norm_f32(const float *x, const float *weight, const float *bias, float *y, long rows,
+                                          int width, float eps) {
     long row;
     int lane;
     if (!own_row(rows, row, lane)) return;
@@ -40,8 +41,9 @@ extern "C" __global__ void layer_norm_rows_f32(const float *x, const float *weig
     for (int i = lane; i < width; i += 32) y[i] = (x[i] - of.mean) * of.inverse_deviation * weight[i] + bias[i];
 }
 
-extern "C" __global__ void layer_norm_rows_vjp_f32(const float *x, const float *dy, const float *weight, float *dx, long rows,
-                                                   int width, float eps) {
+// The gradient for x, plus `before` where it is there.
+extern "C" __global__ void layer_norm_vjp_f32(const float *x, const float *dy, const float *before, const float *weight, float *dx,
+                                              long rows, int width, float eps) {
     long row;
     int lane;
     if (!own_row(rows, row, lane)) return;
@@ -55,11 +57,11 @@ extern "C" __global__ void layer_norm_rows_vjp_f32(const float *x, const float *
     d = warp_sum(d) / width, d_normal = warp_sum(d_normal) / width;
     for (int i = lane; i < width; i += 32) {
         const float normal = (x[i] - of.mean) * of.inverse_deviation;
-        dx[i] = of.inverse_deviation * (dy[i] * weight[i] - d - normal * d_normal);
+        dx[i] = of.inverse_deviation * (dy[i] * weight[i] - d - normal * d_normal) + (before ? before[row * width + i] : 0);
     }
 }
 
-extern "C" __global__ void softmax_rows_f32(const float *x, float *y, long rows, int width) {
+extern "C" __global__ void softmax_f32(const float *x, float *y, long rows, int width) {
     long row;
     int lane;
     if (!own_row(rows, row, lane)) return;
@@ -73,7 +75,7 @@ extern "C" __global__ void softmax_rows_f32(const float *x, float *y, long rows,
 }
 
 // y (dy - sum(y dy)).
-extern "C" __global__ void softmax_rows_vjp_f32(const float *y, const float *dy, float *dx, long rows, int width) {
+extern "C" __global__ void softmax_vjp_f32(const float *y, const float *dy, float *dx, long rows, int width) {
     long row;
     int lane;
     if (!own_row(rows, row, lane)) return;
