@@ -11,7 +11,7 @@ use super::norm::statistics_dtype;
 use crate::Result;
 
 /// Scores held at a time: 2^24 values, 64 MB in f32.
-const BLOCK: usize = 1 << 24;
+pub(super) const BLOCK: usize = 1 << 24;
 
 /// `[B, tokens, heads * width]` to `[B * heads, tokens, width]`.
 fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
@@ -58,6 +58,10 @@ impl Attended<'_> {
         if let Some((y, log_sums)) = cuda::attend((q, k, v), heads)? {
             return Ok(Attention { y, log_sums: Some(log_sums) });
         }
+        #[cfg(feature = "cuda")]
+        if let Some(y) = cuda::attend_heads((q, k, v), heads)? {
+            return Ok(Attention { y, log_sums: None });
+        }
         let [q, k, v] = [q, k, v].map(|t| split_heads(t, heads));
         let y = merge_heads(&attend_by(BLOCK, (&q?, &k?, &v?), upcast)?, heads)?;
         Ok(Attention { y, log_sums: None })
@@ -78,6 +82,10 @@ impl Attended<'_> {
         if let Attention { y, log_sums: Some(log_sums) } = attention
             && let Some(cotangents) = cuda::attend_vjp((q, k, v), (y, log_sums), &dy, heads, of_keys)?
         {
+            return Ok(cotangents);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(cotangents) = cuda::attend_heads_vjp((q, k, v), &dy, heads, of_keys)? {
             return Ok(cotangents);
         }
         let [q, k, v, dy] = [q, k, v, &dy].map(|t| split_heads(t, heads));
@@ -176,7 +184,7 @@ pub fn softmax_vjp(p: &Tensor, dp: &Tensor) -> Result<Tensor> {
 }
 
 /// Starts and lengths of blocks of query rows that have up to `block` scores, and at least one row.
-fn row_blocks(block: usize, n: usize, queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn row_blocks(block: usize, n: usize, queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize)> {
     let len = (block / (n * keys).max(1)).clamp(1, queries.max(1));
     (0..queries).step_by(len).map(move |start| (start, len.min(queries - start)))
 }

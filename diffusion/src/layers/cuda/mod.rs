@@ -5,6 +5,7 @@
 
 mod attention;
 mod convolution;
+mod heads;
 mod norm;
 mod pointwise;
 mod rows;
@@ -25,6 +26,7 @@ use half::{bf16, f16};
 
 pub use attention::{attend, attend_vjp};
 pub use convolution::{Kernel, conv3x3, conv3x3_vjp};
+pub(super) use heads::{attend_heads, attend_heads_vjp};
 pub use norm::{group_norm, group_norm_vjp};
 pub(super) use norm::{layer_norm, layer_norm_vjp};
 pub(super) use pointwise::{add, cat_channels, narrow_channels, upsample, upsample_vjp};
