@@ -52,7 +52,7 @@ class Block {
     unsigned lane_of_turn(unsigned turn) const { return (lane_step * turn + lane_start) % LANES; }
 
     std::unique_ptr<Thread[]> threads{new Thread[MOST_THREADS]};
-    unsigned count = 0, running = 0, warp = 0, turn = 0, lane_start = 0, lane_step = 1;
+    unsigned count = 0, running = 0, warp = 0, turn = 0, waiting = 0, lane_start = 0, lane_step = 1;
     Context scheduler;
     char *memory;              // stacks, each above a page that nobody may touch, and shared memory between two such pages
     std::vector<char *> stacks; // not in use

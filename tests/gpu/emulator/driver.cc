@@ -6,6 +6,8 @@
 
 #include <cstring>
 #include <filesystem>
+#include <map>
+#include <mutex>
 #include <string>
 
 #define API extern "C" __attribute__((visibility("default"))) CUresult
@@ -17,7 +19,17 @@ namespace {
 
 struct Module {
     std::string ptx;
+    std::map<std::string, Kernel *> kernels; // that were asked for: candle asks at each launch
 };
+
+// The program's PTX must have the kernel, and so must the sources that were compiled for the CPU.
+Kernel *find(const Module &module, const std::string &name) {
+    if (module.ptx.find(".entry " + name + "(") == std::string::npos) return nullptr;
+    for (Kernel *kernel = Kernel::first; kernel; kernel = kernel->next)
+        if (kernel->name == name) return kernel;
+    fprintf(stderr, "CUDA emulator: no kernel %s among those compiled for the CPU\n", name.c_str());
+    return nullptr;
+}
 
 // The kernels lie beside this library, each file's in a library of its own. Loaded late, their thread-local memory, which is
 // what `__shared__` declares, costs only the threads that run blocks.
@@ -28,6 +40,7 @@ void load_kernels() {
         if (!dlopen(entry.path().c_str(), RTLD_NOW | RTLD_LOCAL)) fail("%s", dlerror());
 }
 
+std::mutex modules;
 char primary;
 thread_local std::vector<CUcontext> contexts;
 
@@ -134,19 +147,16 @@ API cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream)
     OK;
 }
 
-API cuModuleLoadData(CUmodule *module, const void *image) { *module = reinterpret_cast<CUmodule>(new Module{static_cast<const char *>(image)}); OK; }
+API cuModuleLoadData(CUmodule *module, const void *image) { *module = reinterpret_cast<CUmodule>(new Module{static_cast<const char *>(image), {}}); OK; }
 API cuModuleLoad(CUmodule *, const char *) { return CUDA_ERROR_FILE_NOT_FOUND; }
 API cuModuleUnload(CUmodule module) { delete reinterpret_cast<Module *>(module); OK; }
-// The program's PTX must have the kernel, and so must the sources that were compiled for the CPU.
-API cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-    if (reinterpret_cast<Module *>(module)->ptx.find(".entry " + std::string(name) + "(") == std::string::npos) return CUDA_ERROR_NOT_FOUND;
-    for (Kernel *kernel = Kernel::first; kernel; kernel = kernel->next)
-        if (!strcmp(kernel->name, name)) {
-            *function = reinterpret_cast<CUfunction>(kernel);
-            OK;
-        }
-    fprintf(stderr, "CUDA emulator: no kernel %s among those compiled for the CPU\n", name);
-    return CUDA_ERROR_NOT_FOUND;
+API cuModuleGetFunction(CUfunction *function, CUmodule handle, const char *name) {
+    std::lock_guard lock(modules);
+    Module &module = *reinterpret_cast<Module *>(handle);
+    Kernel *&kernel = module.kernels[name];
+    if (!kernel) kernel = find(module, name);
+    *function = reinterpret_cast<CUfunction>(kernel);
+    return kernel ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 API cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) fail("function attribute %d is not known", attribute);

@@ -7,7 +7,9 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <type_traits>
 
+#pragma GCC visibility push(default)
 namespace emulator {
 
 // What a lane gives to, and gets from, the product: kernels/ptx.cuh.
@@ -16,9 +18,8 @@ struct Product {
     const uint32_t (&a)[4];
     uint32_t b[2];
 };
-template <class T> void multiply(void *const (&lanes)[LANES]);
-extern template void multiply<__half>(void *const (&lanes)[LANES]);
-extern template void multiply<__nv_bfloat16>(void *const (&lanes)[LANES]);
+void multiply_f16(void *const (&lanes)[LANES]);
+void multiply_bf16(void *const (&lanes)[LANES]);
 
 // What a lane gives to, and gets from, four 8 x 8 matrices of 2 bytes.
 struct Matrices {
@@ -29,10 +30,11 @@ void give_rows(void *const (&lanes)[LANES]);
 void give_columns(void *const (&lanes)[LANES]);
 
 } // namespace emulator
+#pragma GCC visibility pop
 
 template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emulator::Product own{c, a, {b0, b1}};
-    emulator::with_warp("mma", emulator::multiply<T>, &own);
+    emulator::with_warp("mma", std::is_same_v<T, __half> ? emulator::multiply_f16 : emulator::multiply_bf16, &own);
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void *row) {

@@ -40,11 +40,6 @@ template <bool TRANSPOSED> void give(void *const (&lanes)[LANES]) {
         }
 }
 
-} // namespace
-
-void give_rows(void *const (&lanes)[LANES]) { give<false>(lanes); }
-void give_columns(void *const (&lanes)[LANES]) { give<true>(lanes); }
-
 // Lane i holds rows i / 4 and 8 further of a and c, column i / 4 of b; a register holds two neighbours.
 template <class T> void multiply(void *const (&lanes)[LANES]) {
     float a[16][16], b[16][8], c[16][8];
@@ -66,7 +61,12 @@ template <class T> void multiply(void *const (&lanes)[LANES]) {
     for (unsigned i = 0; i < LANES; i++)
         for (unsigned j = 0; j < 4; j++) of<Product>(lanes, i, "mma").c[j] = c[i / 4 + j / 2 * 8][i % 4 * 2 + j % 2];
 }
-template void multiply<__half>(void *const (&lanes)[LANES]);
-template void multiply<__nv_bfloat16>(void *const (&lanes)[LANES]);
+
+} // namespace
+
+void give_rows(void *const (&lanes)[LANES]) { give<false>(lanes); }
+void give_columns(void *const (&lanes)[LANES]) { give<true>(lanes); }
+void multiply_f16(void *const (&lanes)[LANES]) { multiply<__half>(lanes); }
+void multiply_bf16(void *const (&lanes)[LANES]) { multiply<__nv_bfloat16>(lanes); }
 
 } // namespace emulator
