@@ -40,7 +40,8 @@ extern "C" void *__tls_get_addr(unsigned long *index); // makes the copy where t
 
 namespace emulator {
 
-__thread Place *place;
+__thread const Place *place;
+__thread const uint3 *thread_index;
 Kernel *Kernel::first = nullptr;
 
 namespace {
@@ -76,13 +77,11 @@ unsigned seed() {
     return seed;
 }
 
-Block &Block::own() {
-    static __thread Block *found; // quicker than what has a destructor
-    if (!found) {
-        static thread_local Block block;
-        found = &block;
-    }
-    return *found;
+__thread Block *Block::own_block;
+Block &Block::make_own() {
+    static thread_local Block block;
+    own_block = &block;
+    return block;
 }
 
 Block::Block() {
@@ -109,8 +108,8 @@ Block::~Block() { munmap(memory, MOST_THREADS * STACK + SHARED); }
 // All bits set, NaN in every type, where a kernel has not written yet: in its dynamic shared memory, which ends at a page that
 // nobody may touch, and in what `__shared__` declares, which is all that is thread-local in the kernel's library.
 void Block::poison() {
-    shared = memory + MOST_THREADS * STACK + SHARED - PAGE - (launch->shared + 15) / 16 * 16;
-    memset(shared, 0xff, launch->shared);
+    place.shared = memory + MOST_THREADS * STACK + SHARED - PAGE - (launch->shared + 15) / 16 * 16;
+    memset(place.shared, 0xff, launch->shared);
     const bool other = declared_by != launch->kernel;
     if (other) declared_by = launch->kernel, declared = declared_in_library(*launch->kernel);
     // Half a megabyte, of a file with many kernels, would take longer than they do.
@@ -119,27 +118,31 @@ void Block::poison() {
 
 void Block::run(const Launch &next_launch, uint3 index) {
     launch = &next_launch;
-    poison();
     const dim3 size = launch->block;
+    place = {index, size, launch->grid, nullptr};
+    emulator::place = &place;
+    poison();
     count = size.x * size.y * size.z;
     random.seed(seed() + 1000003 * (index.x + launch->grid.x * (index.y + launch->grid.y * index.z)));
+    uint3 next_index{0, 0, 0};
     for (unsigned i = 0; i < count; i++) {
-        Thread &thread = threads[i];
-        thread.place = {{i % size.x, i / size.x % size.y, i / size.x / size.y}, index, size, launch->grid, shared};
-        thread.state = Thread::Fresh;
-        thread.copies.clear(), thread.groups.clear();
+        threads[i].index = next_index, threads[i].state = Thread::Fresh;
+        if (++next_index.x == size.x) next_index.x = 0, next_index.y++;
+        if (next_index.y == size.y) next_index.y = 0, next_index.z++;
     }
+    if (has_copied) // by an earlier block
+        for (unsigned i = 0; i < MOST_THREADS; i++) pending[i].copies.clear(), pending[i].groups.clear();
+    has_copied = false;
     unsigned order[MOST_THREADS / LANES];
     const unsigned warps = (count + LANES - 1) / LANES;
     for (unsigned i = 0; i < warps; i++) order[i] = i;
+    done = 0;
     for (;;) {
         if (seed()) {
             std::shuffle(order, order + warps, random);
             lane_start = random() % LANES, lane_step = 2 * (random() % (LANES / 2)) + 1;
         }
         for (unsigned i = 0; i < warps; i++) warp = order[i], run_warp();
-        unsigned done = 0;
-        for (unsigned i = 0; i < count; i++) done += threads[i].state == Thread::Done;
         if (done == count) break;
         if (done > 0) fail("%u of %u threads wait in __syncthreads for those that have returned", count - done, count);
         for (unsigned i = 0; i < count; i++) threads[i].state = Thread::Running;
@@ -151,9 +154,10 @@ void Block::run(const Launch &next_launch, uint3 index) {
 void Block::run_warp() {
     turn = 0;
     if (Thread *thread = next()) enter(thread, scheduler);
+    if (waiting == 0) return;
     for (unsigned i = warp * LANES; i < std::min(count, (warp + 1) * LANES); i++)
         if (threads[i].state == Thread::AtWarp) {
-            place = &threads[i].place;
+            thread_index = &threads[i].index;
             fail("it waits in %s for lanes of its warp that do not come", threads[i].waits_in);
         }
 }
@@ -170,10 +174,10 @@ Thread *Block::next() {
 // Leaves `from` for a thread, or for the scheduler.
 void Block::enter(Thread *thread, Context &from) {
     if (!thread) {
-        place = nullptr;
+        thread_index = nullptr;
         return switch_to(from, scheduler);
     }
-    place = &thread->place, running = thread - threads.get();
+    thread_index = &thread->index, running = thread - threads.get();
     if (thread->state == Thread::Fresh) {
         thread->state = Thread::Running;
         thread->stack = stacks.back(), stacks.pop_back();
@@ -192,11 +196,11 @@ void Block::body() {
     for (;;) {
         Thread &thread = block.current();
         block.launch->kernel->call(block.launch->arguments);
-        thread.state = Thread::Done;
+        thread.state = Thread::Done, block.done++;
         Thread *next = block.next();
         if (next && next->state == Thread::Fresh) {
             next->state = Thread::Running, next->stack = thread.stack;
-            place = &next->place, block.running = next - block.threads.get();
+            thread_index = &next->index, block.running = next - block.threads.get();
         } else {
             block.stacks.push_back(thread.stack); // nobody takes it before this one is left
             block.enter(next, thread.context);
@@ -230,7 +234,7 @@ void with_warp(const char *name, Work work, void *operands) { Block::own().wait_
 
 void check_shared(const void *address, const char *what) {
     const Block &block = Block::own();
-    const auto at = reinterpret_cast<uintptr_t>(address), from = reinterpret_cast<uintptr_t>(block.shared);
+    const auto at = reinterpret_cast<uintptr_t>(address), from = reinterpret_cast<uintptr_t>(block.place.shared);
     if (at % 16) fail("%s at an address that is no multiple of 16 bytes", what);
     if (at < from || at + 16 > from + block.launch->shared)
         fail("%s at byte %td of %zu bytes of shared memory", what, (ptrdiff_t)(at - from), block.launch->shared);
@@ -239,27 +243,26 @@ void check_shared(const void *address, const char *what) {
 void copy_later(void *to, const void *from, bool valid) {
     check_shared(to, "cp.async");
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async from %p, which is no multiple of 16 bytes", from);
-    Block::own().current().copies.push_back({to, from, valid});
+    Block::own().copies().copies.push_back({to, from, valid});
 }
 
 void end_group() {
-    Thread &thread = Block::own().current();
-    thread.groups.push_back(thread.copies.size());
+    Copies &own = Block::own().copies();
+    own.groups.push_back(own.copies.size());
 }
 
 void wait_for_groups(size_t all_but) {
-    Thread &thread = Block::own().current();
-    if (thread.groups.size() <= all_but) return;
-    const auto last = thread.groups.end() - all_but;
+    auto &[copies, groups] = Block::own().copies();
+    if (groups.size() <= all_but) return;
+    const auto last = groups.end() - all_but;
     const size_t arrived = last[-1];
     for (size_t i = 0; i < arrived; i++) {
-        const Copy &copy = thread.copies[i];
-        if (copy.valid) memcpy(copy.to, copy.from, 16);
-        else memset(copy.to, 0, 16);
+        if (copies[i].valid) memcpy(copies[i].to, copies[i].from, 16);
+        else memset(copies[i].to, 0, 16);
     }
-    thread.copies.erase(thread.copies.begin(), thread.copies.begin() + arrived);
-    thread.groups.erase(thread.groups.begin(), last);
-    for (size_t &group : thread.groups) group -= arrived;
+    copies.erase(copies.begin(), copies.begin() + arrived);
+    groups.erase(groups.begin(), last);
+    for (size_t &group : groups) group -= arrived;
 }
 
 void fail(const char *format, ...) {
@@ -269,10 +272,8 @@ void fail(const char *format, ...) {
     vfprintf(stderr, format, arguments);
     va_end(arguments);
     if (const Launch *launch = Block::own().launch) {
-        fprintf(stderr, "; kernel %s", launch->kernel->name);
-        if (place)
-            fprintf(stderr, ", block (%u, %u, %u), thread (%u, %u, %u)", place->block.x, place->block.y, place->block.z,
-                    place->thread.x, place->thread.y, place->thread.z);
+        fprintf(stderr, "; kernel %s, block (%u, %u, %u)", launch->kernel->name, place->block.x, place->block.y, place->block.z);
+        if (thread_index) fprintf(stderr, ", thread (%u, %u, %u)", thread_index->x, thread_index->y, thread_index->z);
     }
     fputc('\n', stderr);
     abort();

@@ -8,22 +8,25 @@
 
 namespace emulator {
 
-struct Copy {
-    void *to;
-    const void *from;
-    bool valid;
-};
-
 struct Thread {
-    Place place;
+    uint3 index;
     enum { Fresh, Running, AtBlock, AtWarp, Done } state;
     Context context; // while it waits
     char *stack;
     const char *waits_in; // of AtWarp, as are the next two
     Work work;
     void *operands;
-    std::vector<Copy> copies; // that have not arrived
-    std::vector<size_t> groups; // how many of them were there when each group was committed
+};
+
+// Copies into shared memory that have not arrived, of one thread.
+struct Copies {
+    struct Copy {
+        void *to;
+        const void *from;
+        bool valid;
+    };
+    std::vector<Copy> copies;
+    std::vector<size_t> groups; // how many copies there were when each was committed
 };
 
 // The stacks, the shared memory and the order of a block's threads. Threads run until they wait: a warp's lanes in turn, then
@@ -33,16 +36,18 @@ class Block {
     Block();
     ~Block();
     void run(const Launch &launch, uint3 index);
-    static Block &own(); // of this thread of the machine
+    static Block &own() { return own_block ? *own_block : make_own(); } // of this thread of the machine
 
     // For the functions of emulator.h.
     void wait_for_block();
     void wait_for_warp(const char *name, Work work, void *operands);
-    Thread &current() { return threads[running]; }
+    Copies &copies() { return has_copied = true, pending[running]; }
     const Launch *launch = nullptr;
-    char *shared = nullptr;
+    Place place;
 
   private:
+    static __thread Block *own_block;
+    static Block &make_own();
     static void body();
     void run_warp();
     void pause();
@@ -51,8 +56,12 @@ class Block {
     void poison();
     unsigned lane_of_turn(unsigned turn) const { return (lane_step * turn + lane_start) % LANES; }
 
+    Thread &current() { return threads[running]; }
+
     std::unique_ptr<Thread[]> threads{new Thread[MOST_THREADS]};
-    unsigned count = 0, running = 0, warp = 0, turn = 0, waiting = 0, lane_start = 0, lane_step = 1;
+    std::unique_ptr<Copies[]> pending{new Copies[MOST_THREADS]};
+    bool has_copied = false;
+    unsigned count = 0, running = 0, warp = 0, turn = 0, waiting = 0, done = 0, lane_start = 0, lane_step = 1;
     Context scheduler;
     char *memory;              // stacks, each above a page that nobody may touch, and shared memory between two such pages
     std::vector<char *> stacks; // not in use

@@ -26,7 +26,7 @@
 #define __CUDACC_VER_MAJOR__ 13
 #define __CUDACC_VER_MINOR__ 0
 
-#define threadIdx (emulator::place->thread)
+#define threadIdx (*emulator::thread_index)
 #define blockIdx (emulator::place->block)
 #define blockDim (emulator::place->block_size)
 #define gridDim (emulator::place->grid_size)

@@ -33,15 +33,14 @@ struct Launch {
     void **arguments;
 };
 
-// Every thread of the block under way has one.
-struct Thread;
-// What a thread may ask about itself; the machine's thread that runs it sets it at each change.
+// What a kernel may ask; each of the machine's threads runs one block at a time, and of that one thread at a time.
 struct Place {
-    uint3 thread, block;
+    uint3 block;
     dim3 block_size, grid_size;
     char *shared; // dynamic
 };
-extern __thread Place *place __attribute__((tls_model("initial-exec")));
+extern __thread const Place *place __attribute__((tls_model("initial-exec")));
+extern __thread const uint3 *thread_index __attribute__((tls_model("initial-exec")));
 
 // Waits for all threads of the block.
 void wait_for_block();
