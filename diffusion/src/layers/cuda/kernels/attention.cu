@@ -11,12 +11,6 @@ struct Attention {
 };
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-// 2^x, to 2 units in the last place.
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 // Rows of WIDTH values in shared memory, an odd number of 16-byte chunks apart, so that eight rows begin at eight banks.
@@ -107,8 +101,8 @@ __device__ void attend(const T *q, const T *k, const T *v, T *y, float *log_sums
                 keys.right_by_columns(right, 16 * n, step);
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
-                    Half<T>::mma(scores[t][2 * n], left[t], right[0], right[1]);
-                    Half<T>::mma(scores[t][2 * n + 1], left[t], right[2], right[3]);
+                    mma<T>(scores[t][2 * n], left[t], right[0], right[1]);
+                    mma<T>(scores[t][2 * n + 1], left[t], right[2], right[3]);
                 }
             }
         }
@@ -156,8 +150,8 @@ __device__ void attend(const T *q, const T *k, const T *v, T *y, float *log_sums
                 values.right_by_rows(right, 16 * n, c);
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
-                    Half<T>::mma(sums[t][2 * c], left[t], right[0], right[1]);
-                    Half<T>::mma(sums[t][2 * c + 1], left[t], right[2], right[3]);
+                    mma<T>(sums[t][2 * c], left[t], right[0], right[1]);
+                    mma<T>(sums[t][2 * c + 1], left[t], right[2], right[3]);
                 }
             }
         }
@@ -267,14 +261,14 @@ __device__ void attend_vjp(const T *q, const T *k, const T *v, const T *dy, cons
 #pragma unroll
             for (int n = 0; n < BLOCK / 16; n++) {
                 a.right_by_columns(right, 16 * n, step);
-                Half<T>::mma(p[2 * n], left_first, right[0], right[1]);
-                Half<T>::mma(p[2 * n + 1], left_first, right[2], right[3]);
+                mma<T>(p[2 * n], left_first, right[0], right[1]);
+                mma<T>(p[2 * n + 1], left_first, right[2], right[3]);
             }
 #pragma unroll
             for (int n = 0; n < BLOCK / 16; n++) {
                 b.right_by_columns(right, 16 * n, step);
-                Half<T>::mma(ds[2 * n], left_second, right[0], right[1]);
-                Half<T>::mma(ds[2 * n + 1], left_second, right[2], right[3]);
+                mma<T>(ds[2 * n], left_second, right[0], right[1]);
+                mma<T>(ds[2 * n + 1], left_second, right[2], right[3]);
             }
         }
 #pragma unroll
@@ -296,16 +290,16 @@ __device__ void attend_vjp(const T *q, const T *k, const T *v, const T *dy, cons
 #pragma unroll
             for (int c = 0; c < COLUMNS / 2; c++) {
                 a.right_by_rows(right, 16 * n, c);
-                Half<T>::mma(sums_first[2 * c], left, right[0], right[1]);
-                Half<T>::mma(sums_first[2 * c + 1], left, right[2], right[3]);
+                mma<T>(sums_first[2 * c], left, right[0], right[1]);
+                mma<T>(sums_first[2 * c + 1], left, right[2], right[3]);
             }
             if (OF_KEYS) {
                 as_left<T>(left, p[2 * n], p[2 * n + 1]);
 #pragma unroll
                 for (int c = 0; c < COLUMNS / 2; c++) {
                     b.right_by_rows(right, 16 * n, c);
-                    Half<T>::mma(sums_second[OF_KEYS ? 2 * c : 0], left, right[0], right[1]);
-                    Half<T>::mma(sums_second[OF_KEYS ? 2 * c + 1 : 0], left, right[2], right[3]);
+                    mma<T>(sums_second[OF_KEYS ? 2 * c : 0], left, right[0], right[1]);
+                    mma<T>(sums_second[OF_KEYS ? 2 * c + 1 : 0], left, right[2], right[3]);
                 }
             }
         }

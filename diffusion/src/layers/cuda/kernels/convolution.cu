@@ -125,7 +125,7 @@ __device__ void convolution(const T *x, const T *weights, const T *bias, const T
             for (int i = 0; i < TILES_M; i++)
 #pragma unroll
                 for (int j = 0; j < TILES_N; j++)
-                    Half<T>::mma(sums[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+                    mma<T>(sums[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
         }
     }
 

@@ -1,9 +1,6 @@
-// What the kernels share: half-precision types, the tensor cores' 16 x 8 x 16 product, copies into shared memory.
+// What the kernels share: half-precision types, eight values at a time, sums over a warp.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "ptx.cuh"
 
 template <class T> struct Half;
 
@@ -13,11 +10,6 @@ template <> struct Half<__half> {
     static __device__ float2 wide(__half2 x) { return __half22float2(x); }
     static __device__ __half narrow(float x) { return __float2half_rn(x); }
     static __device__ __half2 narrow(float x, float y) { return __floats2half2_rn(x, y); }
-    static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
 };
 
 template <> struct Half<__nv_bfloat16> {
@@ -26,11 +18,6 @@ template <> struct Half<__nv_bfloat16> {
     static __device__ float2 wide(__nv_bfloat162 x) { return __bfloat1622float2(x); }
     static __device__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
     static __device__ __nv_bfloat162 narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
-    static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
 };
 
 template <class T> __device__ uint32_t pack(float x, float y) {
@@ -59,25 +46,6 @@ template <class T> struct Eight {
         *reinterpret_cast<uint4 *>(to) = raw;
     }
 };
-
-__device__ inline uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
-
-// 16 bytes to shared memory, or zeros where `valid` is false; arrives with the group that is committed next.
-__device__ inline void copy_async(void *to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0));
-}
-__device__ inline void commit() { asm volatile("cp.async.commit_group;"); }
-template <int N> __device__ void wait_for_all_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
-
-// Four 8 x 8 matrices: each lane gives the address of one row of 16 bytes.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
-}
-__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
-}
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll

@@ -1,0 +1,170 @@
+// The functions of the driver that candle, cudarc and the tests call. Streams and events are nothing: all is done at once.
+#include "launch.h"
+#include "memory.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <string>
+
+#define API extern "C" __attribute__((visibility("default"))) CUresult
+#define OK return CUDA_SUCCESS
+
+using namespace emulator;
+
+namespace {
+
+struct Module {
+    std::string ptx;
+    std::map<std::string, Kernel *> kernels; // that were asked for: candle asks at each launch
+};
+
+// The program's PTX must have the kernel, and so must the sources that were compiled for the CPU.
+Kernel *find(const Module &module, const std::string &name) {
+    if (module.ptx.find(".entry " + name + "(") == std::string::npos) return nullptr;
+    for (Kernel *kernel = Kernel::first; kernel; kernel = kernel->next)
+        if (kernel->name == name) return kernel;
+    fprintf(stderr, "CUDA emulator: no kernel %s among those compiled for the CPU\n", name.c_str());
+    return nullptr;
+}
+
+// The kernels lie beside this library, each file's in a library of its own. Loaded late, their thread-local memory, which is
+// what `__shared__` declares, costs only the threads that run blocks.
+void load_kernels() {
+    Dl_info self;
+    dladdr(reinterpret_cast<void *>(&load_kernels), &self);
+    for (const auto &entry : std::filesystem::directory_iterator(std::filesystem::path(self.dli_fname).parent_path() / "kernels"))
+        if (!dlopen(entry.path().c_str(), RTLD_NOW | RTLD_LOCAL)) fail("%s", dlerror());
+}
+
+std::mutex modules;
+char primary;
+thread_local std::vector<CUcontext> contexts;
+
+CUresult copy(void *to, const void *from, size_t bytes, bool to_device, bool from_device) {
+    if (bytes == 0) OK;
+    const auto at = [](const void *p) { return reinterpret_cast<CUdeviceptr>(p); };
+    if ((to_device && !is_device(at(to), bytes)) || (from_device && !is_device(at(from), bytes))) return CUDA_ERROR_INVALID_VALUE;
+    memmove(to, from, bytes);
+    OK;
+}
+void *pointer(CUdeviceptr address) { return reinterpret_cast<void *>(address); }
+
+} // namespace
+
+API cuInit(unsigned) {
+    static bool once = (load_kernels(), report_faults(), true);
+    (void)once;
+    OK;
+}
+API cuDriverGetVersion(int *version) { *version = 13000; OK; }
+API cuGetErrorName(CUresult error, const char **text) { *text = error == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "a CUDA error"; OK; }
+API cuGetErrorString(CUresult error, const char **text) {
+    *text = error == CUDA_ERROR_OUT_OF_MEMORY ? "out of memory" : error == CUDA_ERROR_NOT_FOUND ? "named symbol not found" : "invalid argument";
+    OK;
+}
+
+API cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE; }
+API cuDeviceGetCount(int *count) { *count = 1; OK; }
+API cuDeviceGetName(char *name, int room, CUdevice) { strncpy(name, "emulator", room); OK; }
+API cuDeviceTotalMem_v2(size_t *bytes, CUdevice) { *bytes = DEVICE_BYTES; OK; }
+API cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
+    switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = LANES; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = MOST_THREADS; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = MOST_SHARED; break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
+    default: fail("device attribute %d is not known", attribute);
+    }
+    OK;
+}
+
+API cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice) { *context = reinterpret_cast<CUcontext>(&primary); OK; }
+API cuDevicePrimaryCtxRelease_v2(CUdevice) { OK; }
+API cuCtxCreate_v4(CUcontext *context, CUctxCreateParams *, unsigned, CUdevice) {
+    *context = reinterpret_cast<CUcontext>(new char);
+    contexts.push_back(*context);
+    OK;
+}
+API cuCtxDestroy_v2(CUcontext context) { delete reinterpret_cast<char *>(context); OK; }
+API cuCtxGetCurrent(CUcontext *context) { *context = contexts.empty() ? nullptr : contexts.back(); OK; }
+API cuCtxSetCurrent(CUcontext context) {
+    if (!contexts.empty()) contexts.pop_back();
+    if (context) contexts.push_back(context);
+    OK;
+}
+API cuCtxSynchronize() { OK; }
+
+API cuStreamCreate(CUstream *stream, unsigned) { *stream = reinterpret_cast<CUstream>(new char); OK; }
+API cuStreamDestroy_v2(CUstream stream) { delete reinterpret_cast<char *>(stream); OK; }
+API cuStreamSynchronize(CUstream) { OK; }
+API cuStreamQuery(CUstream) { OK; }
+API cuStreamWaitEvent(CUstream, CUevent, unsigned) { OK; }
+API cuStreamIsCapturing(CUstream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; OK; }
+API cuEventCreate(CUevent *event, unsigned) { *event = reinterpret_cast<CUevent>(new char); OK; }
+API cuEventDestroy_v2(CUevent event) { delete reinterpret_cast<char *>(event); OK; }
+API cuEventRecord(CUevent, CUstream) { OK; }
+API cuEventSynchronize(CUevent) { OK; }
+
+API cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) { return allocate(address, bytes); }
+API cuMemFree_v2(CUdeviceptr address) { return release(address); }
+API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream) { return allocate(address, bytes); }
+API cuMemFreeAsync(CUdeviceptr address, CUstream) { return release(address); }
+API cuMemHostAlloc(void **address, size_t bytes, unsigned) { return allocate_host(address, bytes); }
+API cuMemFreeHost(void *address) { return release_host(address); }
+API cuMemGetInfo_v2(size_t *free, size_t *total) { *free = DEVICE_BYTES - used_bytes(), *total = DEVICE_BYTES; OK; }
+API cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { *pool = reinterpret_cast<CUmemoryPool>(&primary); OK; }
+API cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void *) { OK; }
+API cuMemPoolTrimTo(CUmemoryPool, size_t) { OK; }
+API cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
+    const bool device = is_device(address, 1);
+    if (!device && !is_pinned(address)) return CUDA_ERROR_INVALID_VALUE;
+    unsigned found = 0;
+    switch (attribute) {
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: found = device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST; break;
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED: case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: break;
+    default: fail("pointer attribute %d is not known", attribute);
+    }
+    memcpy(value, &found, sizeof found);
+    OK;
+}
+
+API cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t bytes) { return copy(pointer(to), from, bytes, true, false); }
+API cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t bytes) { return copy(to, pointer(from), bytes, false, true); }
+API cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream) { return copy(pointer(to), from, bytes, true, false); }
+API cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream) { return copy(to, pointer(from), bytes, false, true); }
+API cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream) { return copy(pointer(to), pointer(from), bytes, true, true); }
+API cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t bytes, CUstream) { return copy(pointer(to), pointer(from), bytes, true, true); }
+API cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream) {
+    if (bytes > 0 && !is_device(to, bytes)) return CUDA_ERROR_INVALID_VALUE;
+    memset(pointer(to), value, bytes);
+    OK;
+}
+
+API cuModuleLoadData(CUmodule *module, const void *image) { *module = reinterpret_cast<CUmodule>(new Module{static_cast<const char *>(image), {}}); OK; }
+API cuModuleLoad(CUmodule *, const char *) { return CUDA_ERROR_FILE_NOT_FOUND; }
+API cuModuleUnload(CUmodule module) { delete reinterpret_cast<Module *>(module); OK; }
+API cuModuleGetFunction(CUfunction *function, CUmodule handle, const char *name) {
+    std::lock_guard lock(modules);
+    Module &module = *reinterpret_cast<Module *>(handle);
+    Kernel *&kernel = module.kernels[name];
+    if (!kernel) kernel = find(module, name);
+    *function = reinterpret_cast<CUfunction>(kernel);
+    return kernel ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+API cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+    if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) fail("function attribute %d is not known", attribute);
+    if (value < 0 || (size_t)value > MOST_SHARED) return CUDA_ERROR_INVALID_VALUE;
+    reinterpret_cast<Kernel *>(function)->shared_allowed = value;
+    OK;
+}
+API cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
+                   unsigned shared, CUstream, void **arguments, void **) {
+    return launch({reinterpret_cast<Kernel *>(function), {grid_x, grid_y, grid_z}, {x, y, z}, shared, arguments});
+}

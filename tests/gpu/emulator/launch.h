@@ -1,0 +1,13 @@
+// Blocks of a grid, and pieces of other work, on the machine's cores.
+#pragma once
+#include "emulator.h"
+
+#include <functional>
+
+namespace emulator {
+
+// Calls `work` with 0 to count - 1, from several threads if EMULATOR_THREADS is not 1; one such loop at a time.
+void in_parallel(size_t count, const std::function<void(size_t)> &work);
+CUresult launch(const Launch &launch);
+
+} // namespace emulator

@@ -1,0 +1,22 @@
+// Device memory: each allocation ends at a page that nobody may touch.
+#pragma once
+#include <cuda.h>
+
+namespace emulator {
+
+constexpr size_t DEVICE_BYTES = 4ull << 30;
+
+// All bits set.
+CUresult allocate(CUdeviceptr *address, size_t bytes);
+CUresult release(CUdeviceptr address);
+size_t used_bytes();
+// Whether these bytes are of one allocation.
+bool is_device(CUdeviceptr address, size_t bytes);
+// Pinned memory of the host.
+CUresult allocate_host(void **address, size_t bytes);
+CUresult release_host(void *address);
+bool is_pinned(CUdeviceptr address);
+// Reports a touch of memory that is not there, with the kernel that did it.
+void report_faults();
+
+} // namespace emulator
