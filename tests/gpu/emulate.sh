@@ -14,7 +14,7 @@ filter=${2:-}
 cd "$(dirname "$0")/../.."
 out=$PWD/target/emulator
 mkdir -p "$out"
-candle=$(cargo metadata --format-version 1 --locked | python3 -c '
+candle=$(cargo metadata --format-version 1 --locked --all-features | python3 -c '
 import json, pathlib, sys
 print(next(pathlib.Path(p["manifest_path"]).parent / "src" for p in json.load(sys.stdin)["packages"] if p["name"] == "candle-kernels"))')
 make --silent --jobs --directory tests/gpu/emulator OUT="$out" CUDA_HOME="$CUDA_HOME" OURS="$PWD/diffusion/src/layers/cuda/kernels" CANDLES="$candle"

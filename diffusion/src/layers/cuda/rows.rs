@@ -23,7 +23,7 @@ pub(in crate::layers) fn softmax(x: &Tensor) -> Result<Option<Tensor>> {
     let rows = x.elem_count() / width;
     let config = threads_for(32 * rows);
     // SAFETY: the arguments of the kernel, a warp to a row.
-    unsafe { kernels.launch(&PTX, "softmax", config, &[&from, &to, &(rows as i64), &(width as i32)])? };
+    unsafe { kernels.launch(&PTX, "softmax_rows", config, &[&from, &to, &(rows as i64), &(width as i32)])? };
     Ok(Some(y))
 }
 
@@ -39,6 +39,6 @@ pub(in crate::layers) fn softmax_vjp(y: &Tensor, dy: &Tensor) -> Result<Option<T
     let rows = y.elem_count() / width;
     let config = threads_for(32 * rows);
     // SAFETY: the arguments of the kernel, a warp to a row.
-    unsafe { kernels.launch(&PTX, "softmax_vjp", config, &[&from, &d, &to, &(rows as i64), &(width as i32)])? };
+    unsafe { kernels.launch(&PTX, "softmax_rows_vjp", config, &[&from, &d, &to, &(rows as i64), &(width as i32)])? };
     Ok(Some(dx))
 }

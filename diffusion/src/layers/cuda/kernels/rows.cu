@@ -61,7 +61,7 @@ extern "C" __global__ void layer_norm_vjp_f32(const float *x, const float *dy, c
     }
 }
 
-extern "C" __global__ void softmax_f32(const float *x, float *y, long rows, int width) {
+extern "C" __global__ void softmax_rows_f32(const float *x, float *y, long rows, int width) {
     long row;
     int lane;
     if (!own_row(rows, row, lane)) return;
@@ -75,7 +75,7 @@ extern "C" __global__ void softmax_f32(const float *x, float *y, long rows, int 
 }
 
 // y (dy - sum(y dy)).
-extern "C" __global__ void softmax_vjp_f32(const float *y, const float *dy, float *dx, long rows, int width) {
+extern "C" __global__ void softmax_rows_vjp_f32(const float *y, const float *dy, float *dx, long rows, int width) {
     long row;
     int lane;
     if (!own_row(rows, row, lane)) return;
