@@ -111,7 +111,6 @@ impl GroupNorm {
 }
 
 /// Layer normalisation over the last dimension.
-/// Layer normalisation over the last dimension.
 pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
 
-use super::{Address, EIGHT, Kernels, Ptx, ptx, takes, threads_for};
+use super::{Address, Argument, EIGHT, Kernels, Ptx, ptx, takes};
 use crate::Result;
 use crate::layers::Cotangents;
 
@@ -78,10 +78,10 @@ pub fn attend((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Result<Op
     let (y, log_sums) = (kernels.output(q.shape())?, kernels.scratch((batch, heads, queries))?);
     let rows = 16 * kind.tiles * WARPS;
     let config = kind.config(queries, rows, (rows + 4 * kind.block) * kind.pitch(), &shape, batch);
-    let at = addresses(&kernels, &[&q, &k, &v, &y, &log_sums])?;
+    let [from_q, from_k, from_v, to, sums] = addresses(&kernels, [&q, &k, &v, &y, &log_sums])?;
     let name = format!("attend_{}", kind.width);
     // SAFETY: the arguments of the kernel; `shape` tells the tensors' sizes.
-    unsafe { kernels.launch(&PTX, &name, config, &[&at[0], &at[1], &at[2], &at[3], &at[4], &shape])? };
+    unsafe { kernels.launch(&PTX, &name, config, &[&from_q, &from_k, &from_v, &to, &sums, &shape])? };
     Ok(Some((y, log_sums)))
 }
 
@@ -98,32 +98,31 @@ pub fn attend_vjp(
     let kernels = Kernels::of(&q);
     let (batch, queries, keys) = (q.dim(0)?, q.dim(1)?, k.dim(1)?);
     let dots = kernels.scratch(log_sums.shape())?;
-    let at = addresses(&kernels, &[&q, &k, &v, &dy, log_sums, &dots])?;
-    let rows = (batch * queries * heads) as i64;
-    let (y, none) = (kernels.address(y)?, Address::default());
+    let dq = kernels.output(q.shape())?;
+    let from = addresses(&kernels, [&q, &k, &v, y, &dy, log_sums, &dots, &dq])?;
+    let [from_q, from_k, from_v, from_y, d, sums, dots_at, to_q] = from;
     let shared = (2 * 16 * WARPS + 4 * kind.block) * kind.pitch() + 4 * kind.block * size_of::<f32>();
-    let launch = |side: &str, tokens: usize, first: &Address, second: &Address| {
+    let launch = |side: &str, tokens: usize, arguments: [&dyn Argument; 9]| {
         let config = kind.config(tokens, 16 * WARPS, shared, &shape, batch);
         let name = format!("attend_vjp_{side}_{}", kind.width);
-        let arguments: [&dyn super::Argument; 9] =
-            [&at[0], &at[1], &at[2], &at[3], &at[4], &at[5], first, second, &shape];
         // SAFETY: the arguments of the kernel; `shape` tells the tensors' sizes.
         unsafe { kernels.launch(&PTX, &name, config, &arguments) }
     };
-    let arguments: [&dyn super::Argument; 5] = [&y, &at[3], &at[5], &rows, &shape];
-    // SAFETY: likewise.
-    unsafe { kernels.launch(&PTX, "attend_dots", threads_for(32 * rows as usize), &arguments)? };
-    let dq = kernels.output(q.shape())?;
-    launch("queries", queries, &kernels.address(&dq)?, &none)?;
+    launch("queries", queries, [&from_q, &from_k, &from_v, &from_y, &d, &sums, &dots_at, &to_q, &shape])?;
     let mut kv = None;
     if of_keys {
         let (dk, dv) = (kernels.output(k.shape())?, kernels.output(v.shape())?);
-        launch("keys", keys, &kernels.address(&dk)?, &kernels.address(&dv)?)?;
+        let [to_k, to_v] = addresses(&kernels, [&dk, &dv])?;
+        launch("keys", keys, [&from_q, &from_k, &from_v, &d, &sums, &dots_at, &to_k, &to_v, &shape])?;
         kv = Some((dk, dv));
     }
     Ok(Some(Cotangents { q: dq, kv }))
 }
 
-fn addresses(kernels: &Kernels, tensors: &[&Tensor]) -> Result<Vec<Address>> {
-    tensors.iter().map(|tensor| kernels.address(tensor)).collect()
+fn addresses<const N: usize>(kernels: &Kernels, tensors: [&Tensor; N]) -> Result<[Address; N]> {
+    let mut found = [0; N];
+    for (address, tensor) in found.iter_mut().zip(tensors) {
+        *address = kernels.address(tensor)?;
+    }
+    Ok(found)
 }

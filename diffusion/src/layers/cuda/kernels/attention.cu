@@ -178,25 +178,11 @@ __device__ void attend(const T *q, const T *k, const T *v, T *y, float *log_sums
     }
 }
 
-// `sum(dy y)` of every query: what the softmax's gradient takes off.
-template <class T> __device__ void attend_dots(const T *y, const T *dy, float *dots, long rows, Attention s) {
-    const long row = (long)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; // item, query, head
-    if (row >= rows) return;
-    float sum = 0;
-    for (int i = threadIdx.x % 32 * 8; i < s.width; i += 256) {
-        const Eight<T> a(y + row * s.width + i), b(dy + row * s.width + i);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += a.v[j] * b.v[j];
-    }
-    sum = warp_sum(sum);
-    const long head = row % s.heads, query = row / s.heads % s.queries, item = row / s.heads / s.queries;
-    if (threadIdx.x % 32 == 0) dots[(item * s.heads + head) * s.queries + query] = sum;
-}
-
-// With P = softmax(S) and dP = dy v^T: dS = P (dP - dots), dq = dS k, dk = dS^T q, dv = P^T dy.
-// Each block holds rows (queries with their dy; or keys with their values) and passes the others by.
+// With P = softmax(S), dP = dy v^T and each query's dot = sum(dy y): dS = P (dP - dot), dq = dS k, dk = dS^T q, dv = P^T dy.
+// Each block holds rows (queries with their dy; or keys with their values) and passes the others by. Those of queries, which are
+// run first, leave the dots for those of keys.
 template <class T, int WIDTH, int BLOCK, bool OF_KEYS>
-__device__ void attend_vjp(const T *q, const T *k, const T *v, const T *dy, const float *log_sums, const float *dots,
+__device__ void attend_vjp(const T *q, const T *k, const T *v, const T *y, const T *dy, const float *log_sums, float *dots,
                            T *d_first, T *d_second, Attention s) {
     constexpr int ROWS = 16 * WARPS, STEPS = WIDTH / 16, COLUMNS = WIDTH / 8;
     constexpr bool HELD = WIDTH <= 64; // own rows in registers
@@ -235,7 +221,16 @@ __device__ void attend_vjp(const T *q, const T *k, const T *v, const T *dy, cons
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = first + own + lane / 4 + 8 * half;
-            if (row < rows) row_log[half] = log_sums[row] * LOG2_E, row_dot[half] = dots[row];
+            float dot = 0;
+            for (int i = lane % 4 * 8; row < rows && i < s.width; i += 32) {
+                const Eight<T> a(y + at_queries + row * stride + i), b(dy + at_queries + row * stride + i);
+#pragma unroll
+                for (int j = 0; j < 8; j++) dot += a.v[j] * b.v[j];
+            }
+            dot += __shfl_xor_sync(~0u, dot, 1);
+            dot += __shfl_xor_sync(~0u, dot, 2);
+            if (row < rows) row_log[half] = log_sums[row] * LOG2_E, row_dot[half] = dot;
+            if (row < rows && lane % 4 == 0) dots[row] = dot;
         }
     }
 
@@ -330,22 +325,18 @@ __device__ void attend_vjp(const T *q, const T *k, const T *v, const T *dy, cons
         attend<T, WIDTH, TILES, BLOCK>(q, k, v, y, log_sums, s);                                                             \
     }                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS) attend_vjp_queries_##WIDTH##_##name(                               \
-        const T *q, const T *k, const T *v, const T *dy, const float *log_sums, const float *dots, T *dq, T *none,           \
+        const T *q, const T *k, const T *v, const T *y, const T *dy, const float *log_sums, float *dots, T *dq,              \
         Attention s) {                                                                                                       \
-        attend_vjp<T, WIDTH, BLOCK, false>(q, k, v, dy, log_sums, dots, dq, none, s);                                        \
+        attend_vjp<T, WIDTH, BLOCK, false>(q, k, v, y, dy, log_sums, dots, dq, nullptr, s);                                  \
     }                                                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS) attend_vjp_keys_##WIDTH##_##name(                                  \
-        const T *q, const T *k, const T *v, const T *dy, const float *log_sums, const float *dots, T *dk, T *dv,             \
-        Attention s) {                                                                                                       \
-        attend_vjp<T, WIDTH, BLOCK, true>(q, k, v, dy, log_sums, dots, dk, dv, s);                                           \
+        const T *q, const T *k, const T *v, const T *dy, const float *log_sums, float *dots, T *dk, T *dv, Attention s) {    \
+        attend_vjp<T, WIDTH, BLOCK, true>(q, k, v, nullptr, dy, log_sums, dots, dk, dv, s);                                  \
     }
 #define ONE(T, name)                                                                                                         \
     OF_WIDTH(T, name, 16, 2, 64)                                                                                             \
     OF_WIDTH(T, name, 48, 2, 64)                                                                                             \
     OF_WIDTH(T, name, 64, 2, 64)                                                                                             \
     OF_WIDTH(T, name, 80, 1, 64)                                                                                             \
-    OF_WIDTH(T, name, 160, 1, 32)                                                                                            \
-    extern "C" __global__ void attend_dots_##name(const T *y, const T *dy, float *dots, long rows, Attention s) {            \
-        attend_dots<T>(y, dy, dots, rows, s);                                                                                \
-    }
+    OF_WIDTH(T, name, 160, 1, 32)
 BOTH_HALVES(ONE)
