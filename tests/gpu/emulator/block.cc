@@ -94,16 +94,17 @@ Block::Block() {
     }
     mprotect(memory + MOST_THREADS * STACK, PAGE, PROT_NONE);
     mprotect(memory + bytes - PAGE, PAGE, PROT_NONE);
-    stack_t for_signals = {};
-    sigaltstack(nullptr, &for_signals);
-    if (for_signals.ss_flags & SS_DISABLE) { // a fault may be that of a full stack
-        signal_stack.resize(STACK);
-        for_signals = {}, for_signals.ss_sp = signal_stack.data(), for_signals.ss_size = STACK;
-        sigaltstack(&for_signals, nullptr);
-    }
+    stack_t for_signals = {}; // a fault may be that of a full stack; what Rust gives its threads is too small to print on
+    for_signals.ss_sp = signal_stack.data(), for_signals.ss_size = signal_stack.size();
+    sigaltstack(&for_signals, nullptr);
 }
 
-Block::~Block() { munmap(memory, MOST_THREADS * STACK + SHARED); }
+Block::~Block() {
+    stack_t none = {};
+    none.ss_flags = SS_DISABLE;
+    sigaltstack(&none, nullptr);
+    munmap(memory, MOST_THREADS * STACK + SHARED);
+}
 
 // All bits set, NaN in every type, where a kernel has not written yet: in its dynamic shared memory, which ends at a page that
 // nobody may touch, and in what `__shared__` declares, which is all that is thread-local in the kernel's library.
@@ -243,6 +244,7 @@ void check_shared(const void *address, const char *what) {
 void copy_later(void *to, const void *from, bool valid) {
     check_shared(to, "cp.async");
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async from %p, which is no multiple of 16 bytes", from);
+    memset(to, 0xff, 16);
     Block::own().copies().copies.push_back({to, from, valid});
 }
 

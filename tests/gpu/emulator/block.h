@@ -65,7 +65,7 @@ class Block {
     Context scheduler;
     char *memory;              // stacks, each above a page that nobody may touch, and shared memory between two such pages
     std::vector<char *> stacks; // not in use
-    std::vector<char> signal_stack;
+    std::vector<char> signal_stack = std::vector<char>(64 << 10);
     std::minstd_rand random;
     const Kernel *declared_by = nullptr;
     std::pair<void *, size_t> declared; // static shared memory of that kernel
