@@ -17,7 +17,7 @@ mkdir -p "$out"
 candle=$(cargo metadata --format-version 1 --locked | python3 -c '
 import json, pathlib, sys
 print(next(pathlib.Path(p["manifest_path"]).parent / "src" for p in json.load(sys.stdin)["packages"] if p["name"] == "candle-kernels"))')
-make --silent --jobs --directory tests/gpu/emulator OUT="$out" CUDA_HOME="$CUDA_HOME" OURS="$PWD/diffusion/src/layers/cuda/kernels" CANDLES="$candle"
+make --silent --jobs --directory tests/gpu/emulator OUT="$out" CUDA_HOME="$CUDA_HOME" CANDLES="$candle"
 
 export LD_LIBRARY_PATH=$out:$CUDA_HOME/lib:$CUDA_HOME/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export TEST_DEVICE=cuda PREBUILT=$programs

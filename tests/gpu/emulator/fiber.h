@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
 
 #ifdef __AVX512F__
 #define EMULATOR_MORE_REGISTERS                                                                                              \
