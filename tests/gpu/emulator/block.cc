@@ -10,32 +10,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__)
-// What the caller owns by the ABI is kept on the stack that is left.
-asm(R"(
-.text
-.globl emulator_switch
-.hidden emulator_switch
-.type emulator_switch, @function
-emulator_switch:
-    push %rbp
-    push %rbx
-    push %r12
-    push %r13
-    push %r14
-    push %r15
-    mov %rsp, (%rdi)
-    mov (%rsi), %rsp
-    pop %r15
-    pop %r14
-    pop %r13
-    pop %r12
-    pop %rbx
-    pop %rbp
-    ret
-)");
-#endif
-
 extern "C" void *__tls_get_addr(unsigned long *index); // makes the copy where there is none yet
 
 namespace emulator {
@@ -94,16 +68,17 @@ Block::Block() {
     }
     mprotect(memory + MOST_THREADS * STACK, PAGE, PROT_NONE);
     mprotect(memory + bytes - PAGE, PAGE, PROT_NONE);
-    stack_t for_signals = {};
-    sigaltstack(nullptr, &for_signals);
-    if (for_signals.ss_flags & SS_DISABLE) { // a fault may be that of a full stack
-        signal_stack.resize(STACK);
-        for_signals = {}, for_signals.ss_sp = signal_stack.data(), for_signals.ss_size = STACK;
-        sigaltstack(&for_signals, nullptr);
-    }
+    stack_t for_signals = {}; // a fault may be that of a full stack; what Rust gives its threads is too small to print on
+    for_signals.ss_sp = signal_stack.data(), for_signals.ss_size = signal_stack.size();
+    sigaltstack(&for_signals, nullptr);
 }
 
-Block::~Block() { munmap(memory, MOST_THREADS * STACK + SHARED); }
+Block::~Block() {
+    stack_t none = {};
+    none.ss_flags = SS_DISABLE;
+    sigaltstack(&none, nullptr);
+    munmap(memory, MOST_THREADS * STACK + SHARED);
+}
 
 // All bits set, NaN in every type, where a kernel has not written yet: in its dynamic shared memory, which ends at a page that
 // nobody may touch, and in what `__shared__` declares, which is all that is thread-local in the kernel's library.
@@ -126,7 +101,7 @@ void Block::run(const Launch &next_launch, uint3 index) {
     random.seed(seed() + 1000003 * (index.x + launch->grid.x * (index.y + launch->grid.y * index.z)));
     uint3 next_index{0, 0, 0};
     for (unsigned i = 0; i < count; i++) {
-        threads[i].index = next_index, threads[i].state = Thread::Fresh;
+        threads[i].index = next_index, threads[i].begun = threads[i].done = false;
         if (++next_index.x == size.x) next_index.x = 0, next_index.y++;
         if (next_index.y == size.y) next_index.y = 0, next_index.z++;
     }
@@ -136,97 +111,84 @@ void Block::run(const Launch &next_launch, uint3 index) {
     unsigned order[MOST_THREADS / LANES];
     const unsigned warps = (count + LANES - 1) / LANES;
     for (unsigned i = 0; i < warps; i++) order[i] = i;
-    done = 0;
-    for (;;) {
+    for (unsigned i = 0; i < LANES; i++) lane_of_turn[i] = i;
+    for (done = 0;;) {
         if (seed()) {
             std::shuffle(order, order + warps, random);
-            lane_start = random() % LANES, lane_step = 2 * (random() % (LANES / 2)) + 1;
+            const unsigned first = random(), step = 2 * random() + 1;
+            for (unsigned i = 0; i < LANES; i++) lane_of_turn[i] = (first + step * i) % LANES;
         }
-        for (unsigned i = 0; i < warps; i++) warp = order[i], run_warp();
+        for (unsigned i = 0; i < warps; i++) run_warp(order[i]);
         if (done == count) break;
         if (done > 0) fail("%u of %u threads wait in __syncthreads for those that have returned", count - done, count);
-        for (unsigned i = 0; i < count; i++) threads[i].state = Thread::Running;
     }
     launch = nullptr;
 }
 
 // Until each lane waits for the block or has returned.
-void Block::run_warp() {
-    turn = 0;
-    if (Thread *thread = next()) enter(thread, scheduler);
-    if (waiting == 0) return;
-    for (unsigned i = warp * LANES; i < std::min(count, (warp + 1) * LANES); i++)
-        if (threads[i].state == Thread::AtWarp) {
-            thread_index = &threads[i].index;
-            fail("it waits in %s for lanes of its warp that do not come", threads[i].waits_in);
+void Block::run_warp(unsigned warp) {
+    lanes = &threads[warp * LANES], turn = 0, whole = 0, can_run = 0;
+    for (unsigned i = 0; i < LANES; i++)
+        if (warp * LANES + lane_of_turn[i] < count) {
+            whole |= 1u << i;
+            if (!lanes[lane_of_turn[i]].done) can_run |= 1u << i;
         }
+    if (!can_run) return;
+    memset(operands, 0, sizeof operands);
+    running = next(), thread_index = &running->index;
+    switch_to(scheduler, running->context);
+    thread_index = nullptr;
+    if (at_work) fail("lanes of the warp of thread %u wait in %s for others that do not come", warp * LANES, work_name);
 }
 
-// The next lane of the warp that can go on.
-Thread *Block::next() {
-    for (unsigned i = 0; i < LANES; i++) {
-        const unsigned id = warp * LANES + lane_of_turn(turn++);
-        if (id < count && (threads[id].state == Thread::Fresh || threads[id].state == Thread::Running)) return &threads[id];
-    }
-    return nullptr;
-}
-
-// Leaves `from` for a thread, or for the scheduler.
-void Block::enter(Thread *thread, Context &from) {
-    if (!thread) {
-        thread_index = nullptr;
-        return switch_to(from, scheduler);
-    }
-    thread_index = &thread->index, running = thread - threads.get();
-    if (thread->state == Thread::Fresh) {
-        thread->state = Thread::Running;
-        thread->stack = stacks.back(), stacks.pop_back();
+// The next lane of the warp that can go on; it has a stack.
+[[gnu::always_inline]] inline Thread *Block::next() {
+    if (!can_run) return nullptr;
+    const uint32_t later = can_run >> turn << turn;
+    turn = __builtin_ctz(later ? later : can_run);
+    Thread *thread = &lanes[lane_of_turn[turn]];
+    if (!thread->begun) {
+        thread->begun = true, thread->stack = stacks.back(), stacks.pop_back();
         // Stacks that begin in the same set of the cache would push each other out.
         const size_t colour = (thread->stack - memory) / STACK % 61 * 448;
-        start(thread->context, thread->stack, STACK - colour, body);
+        start(thread->context, thread->stack + PAGE, thread->stack + STACK - colour, body);
     }
-    switch_to(from, thread->context);
+    return thread;
 }
 
-void Block::pause() { enter(next(), current().context); }
+// Leaves the running thread for the next, or for the scheduler.
+[[gnu::always_inline]] inline void Block::pause() {
+    can_run &= ~(1u << turn);
+    Thread *left = running, *to = next();
+    if (to) running = to, thread_index = &to->index;
+    switch_to(left->context, to ? to->context : scheduler);
+}
 
-// Runs a thread, and those that have not begun on the same stack: as long as none waits, there is no change of stacks.
+// Runs a thread and, on the same stack, those that have not begun: as long as none waits, there is no change of stacks.
 void Block::body() {
     Block &block = own();
     for (;;) {
-        Thread &thread = block.current();
         block.launch->kernel->call(block.launch->arguments);
-        thread.state = Thread::Done, block.done++;
-        Thread *next = block.next();
-        if (next && next->state == Thread::Fresh) {
-            next->state = Thread::Running, next->stack = thread.stack;
-            thread_index = &next->index, block.running = next - block.threads.get();
-        } else {
-            block.stacks.push_back(thread.stack); // nobody takes it before this one is left
-            block.enter(next, thread.context);
-        }
+        Thread *thread = block.running;
+        thread->done = true, block.done++;
+        block.stacks.push_back(thread->stack); // the next to begin takes it
+        block.can_run &= ~(1u << block.turn);
+        Thread *to = block.next();
+        if (to) block.running = to, thread_index = &to->index;
+        if (to && to->stack == thread->stack) continue;
+        switch_to(thread->context, to ? to->context : block.scheduler);
     }
 }
 
-void Block::wait_for_block() {
-    current().state = Thread::AtBlock;
-    pause();
-}
+[[gnu::always_inline]] inline void Block::wait_for_block() { pause(); }
 
-void Block::wait_for_warp(const char *name, Work work, void *operands) {
-    Thread &own = current();
-    own.state = Thread::AtWarp, own.waits_in = name, own.work = work, own.operands = operands;
-    const unsigned first = warp * LANES, end = std::min(count, first + LANES);
-    if (++waiting < end - first) return pause();
-    waiting = 0;
-    void *all[LANES] = {};
-    for (unsigned i = first; i < end; i++) {
-        const Thread &other = threads[i];
-        if (other.work != work) fail("it is in %s, and another lane of its warp in %s", name, other.waits_in);
-        all[i - first] = other.operands;
-    }
-    work(all);
-    for (unsigned i = first; i < end; i++) threads[i].state = Thread::Running;
+[[gnu::always_inline]] inline void Block::wait_for_warp(const char *name, Work next_work, void *own) {
+    if (at_work && work != next_work) fail("it is in %s, and another lane of its warp in %s", name, work_name);
+    work = next_work, work_name = name;
+    operands[running - lanes] = own, at_work |= 1u << turn;
+    if (at_work != whole) return pause();
+    work(operands);
+    at_work = 0, can_run = whole;
 }
 
 void wait_for_block() { Block::own().wait_for_block(); }
@@ -243,6 +205,7 @@ void check_shared(const void *address, const char *what) {
 void copy_later(void *to, const void *from, bool valid) {
     check_shared(to, "cp.async");
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async from %p, which is no multiple of 16 bytes", from);
+    memset(to, 0xff, 16);
     Block::own().copies().copies.push_back({to, from, valid});
 }
 

@@ -10,12 +10,9 @@ namespace emulator {
 
 struct Thread {
     uint3 index;
-    enum { Fresh, Running, AtBlock, AtWarp, Done } state;
-    Context context; // while it waits
+    bool begun, done;
     char *stack;
-    const char *waits_in; // of AtWarp, as are the next two
-    Work work;
-    void *operands;
+    Context context; // while it waits
 };
 
 // Copies into shared memory that have not arrived, of one thread.
@@ -41,7 +38,7 @@ class Block {
     // For the functions of emulator.h.
     void wait_for_block();
     void wait_for_warp(const char *name, Work work, void *operands);
-    Copies &copies() { return has_copied = true, pending[running]; }
+    Copies &copies() { return has_copied = true, pending[running - threads.get()]; }
     const Launch *launch = nullptr;
     Place place;
 
@@ -49,23 +46,30 @@ class Block {
     static __thread Block *own_block;
     static Block &make_own();
     static void body();
-    void run_warp();
-    void pause();
+    void run_warp(unsigned warp);
     Thread *next();
-    void enter(Thread *thread, Context &from);
+    void pause();
     void poison();
-    unsigned lane_of_turn(unsigned turn) const { return (lane_step * turn + lane_start) % LANES; }
-
-    Thread &current() { return threads[running]; }
 
     std::unique_ptr<Thread[]> threads{new Thread[MOST_THREADS]};
+    unsigned count = 0, done = 0;
+    Thread *running = nullptr;
+
+    // Of the warp under way. Sets of lanes are of their turns.
+    Thread *lanes = nullptr;
+    unsigned lane_of_turn[LANES];
+    unsigned turn = 0;
+    uint32_t whole = 0, can_run = 0, at_work = 0; // all that there are; the last: waiting for `work`
+    Work work = nullptr;
+    const char *work_name = nullptr;
+    void *operands[LANES]; // by lanes
+
     std::unique_ptr<Copies[]> pending{new Copies[MOST_THREADS]};
     bool has_copied = false;
-    unsigned count = 0, running = 0, warp = 0, turn = 0, waiting = 0, done = 0, lane_start = 0, lane_step = 1;
     Context scheduler;
-    char *memory;              // stacks, each above a page that nobody may touch, and shared memory between two such pages
+    char *memory;               // stacks, each above a page that nobody may touch, and shared memory between two such pages
     std::vector<char *> stacks; // not in use
-    std::vector<char> signal_stack;
+    std::vector<char> signal_stack = std::vector<char>(64 << 10);
     std::minstd_rand random;
     const Kernel *declared_by = nullptr;
     std::pair<void *, size_t> declared; // static shared memory of that kernel

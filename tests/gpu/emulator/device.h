@@ -45,7 +45,7 @@ template <class... A, void (*F)(A...)> struct Caller<F> {
 };
 
 // The value of lane `own ^ with`; of a lane that is not there, all bits are set.
-template <class T> T exchange(unsigned mask, T value, int with, int width) {
+template <class T> [[gnu::always_inline]] inline T exchange(unsigned mask, T value, int with, int width) {
     if (mask != ~0u || width != (int)LANES) fail("__shfl_xor_sync of mask %#x and width %d is not emulated", mask, width);
     struct Operands {
         T value, result;
@@ -74,7 +74,7 @@ template <class T, class F> T atomically(T *address, F change) {
 
 } // namespace emulator
 
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int with, int width = emulator::LANES) {
+template <class T> [[gnu::always_inline]] inline T __shfl_xor_sync(unsigned mask, T value, int with, int width = emulator::LANES) {
     return emulator::exchange(mask, value, with, width);
 }
 

@@ -61,6 +61,7 @@ API cuInit(unsigned) {
     OK;
 }
 API cuDriverGetVersion(int *version) { *version = 13000; OK; }
+API cuGetExportTable(const void **, const CUuuid *) { return CUDA_ERROR_NOT_FOUND; } // NVRTC asks, and does without
 API cuGetErrorName(CUresult error, const char **text) { *text = error == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "a CUDA error"; OK; }
 API cuGetErrorString(CUresult error, const char **text) {
     *text = error == CUDA_ERROR_OUT_OF_MEMORY ? "out of memory" : error == CUDA_ERROR_NOT_FOUND ? "named symbol not found" : "invalid argument";
@@ -114,8 +115,12 @@ API cuEventSynchronize(CUevent) { OK; }
 
 API cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) { return allocate(address, bytes); }
 API cuMemFree_v2(CUdeviceptr address) { return release(address); }
-API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream) { return allocate(address, bytes); }
-API cuMemFreeAsync(CUdeviceptr address, CUstream) { return release(address); }
+// Unlike the other, this one gives nothing gladly: candle asks for it for the shapes of scalars.
+API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream) {
+    *address = 0;
+    return bytes > 0 ? allocate(address, bytes) : CUDA_SUCCESS;
+}
+API cuMemFreeAsync(CUdeviceptr address, CUstream) { return address ? release(address) : CUDA_SUCCESS; }
 API cuMemHostAlloc(void **address, size_t bytes, unsigned) { return allocate_host(address, bytes); }
 API cuMemFreeHost(void *address) { return release_host(address); }
 API cuMemGetInfo_v2(size_t *free, size_t *total) { *free = DEVICE_BYTES - used_bytes(), *total = DEVICE_BYTES; OK; }

@@ -48,7 +48,8 @@ void wait_for_block();
 using Work = void (*)(void *const (&operands)[LANES]);
 void with_warp(const char *name, Work work, void *operands);
 
-// Copies into shared memory: they arrive only when they are waited for, and what is never waited for never arrives.
+// Copies into shared memory. On a GPU they arrive at any time from when they are asked for to when they are waited for; here, what
+// was at the place is gone at the first, and they arrive at the last, never if they are not waited for.
 void copy_later(void *to, const void *from, bool valid);
 void end_group();
 void wait_for_groups(size_t all_but);
