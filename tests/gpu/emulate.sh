@@ -7,6 +7,7 @@
 # It needs a C++ compiler, make and the CUDA 13 toolkit (CUDA_HOME: headers, libcudart, libnvrtc). FILTER is a part of the tests'
 # names: `layers::cuda` for those of the kernels alone, half a minute on 2 cores; a module of cuda-tests takes 1 to 9 minutes.
 # EMULATOR_SEED draws another order of blocks, warps and lanes (0: the natural one); EMULATOR_THREADS: how many blocks run at once.
+# EMULATOR_COUNTS=1 tells how many kernels, products, copies and allocations each program asked for.
 #
 # It finds wrong numbers, accesses outside allocations or not aligned, reads of what was never written, missing barriers and waits
 # for copies, barriers that not all reach, launches that a driver refuses. It cannot show speed, bank conflicts, what lanes of a

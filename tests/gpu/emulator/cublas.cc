@@ -86,6 +86,7 @@ API cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t of_a, cublasOpe
                                const void *a, cudaDataType a_type, int lda, long long a_stride, const void *b, cudaDataType b_type,
                                int ldb, long long b_stride, const void *beta, void *c, cudaDataType c_type, int ldc,
                                long long c_stride, int batch, cublasComputeType_t compute, cublasGemmAlgo_t) {
+    emulator::counts.products++;
     const Matrix left{a, a_type, of_a != CUBLAS_OP_N, lda, a_stride}, right{b, b_type, of_b != CUBLAS_OP_N, ldb, b_stride};
     const Matrix out{c, c_type, false, ldc, c_stride};
     switch (compute) {
@@ -100,6 +101,7 @@ API cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t of_a, cublasOpe
 API cublasDgemmStridedBatched(cublasHandle_t, cublasOperation_t of_a, cublasOperation_t of_b, int m, int n, int k,
                               const double *alpha, const double *a, int lda, long long a_stride, const double *b, int ldb,
                               long long b_stride, const double *beta, double *c, int ldc, long long c_stride, int batch) {
+    emulator::counts.products++;
     return multiply<double>(m, n, k, *alpha, {a, CUDA_R_64F, of_a != CUBLAS_OP_N, lda, a_stride},
                             {b, CUDA_R_64F, of_b != CUBLAS_OP_N, ldb, b_stride}, *beta, {c, CUDA_R_64F, false, ldc, c_stride}, batch);
 }

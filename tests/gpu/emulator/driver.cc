@@ -25,10 +25,14 @@ struct Module {
 // The program's PTX must have the kernel, and so must the sources that were compiled for the CPU.
 Kernel *find(const Module &module, const std::string &name) {
     if (module.ptx.find(".entry " + name + "(") == std::string::npos) return nullptr;
-    for (Kernel *kernel = Kernel::first; kernel; kernel = kernel->next)
-        if (kernel->name == name) return kernel;
-    fprintf(stderr, "CUDA emulator: no kernel %s among those compiled for the CPU\n", name.c_str());
-    return nullptr;
+    Kernel *found = nullptr;
+    for (Kernel *kernel = Kernel::first; kernel; kernel = kernel->next) {
+        if (kernel->name != name) continue;
+        if (found) fail("two of the files compiled for the CPU have a kernel %s", name.c_str());
+        found = kernel;
+    }
+    if (!found) fprintf(stderr, "CUDA emulator: no kernel %s among those compiled for the CPU\n", name.c_str());
+    return found;
 }
 
 // The kernels lie beside this library, each file's in a library of its own. Loaded late, their thread-local memory, which is
@@ -46,6 +50,7 @@ thread_local std::vector<CUcontext> contexts;
 
 CUresult copy(void *to, const void *from, size_t bytes, bool to_device, bool from_device) {
     if (bytes == 0) OK;
+    counts.copies++;
     const auto at = [](const void *p) { return reinterpret_cast<CUdeviceptr>(p); };
     if ((to_device && !is_device(at(to), bytes)) || (from_device && !is_device(at(from), bytes))) return CUDA_ERROR_INVALID_VALUE;
     memmove(to, from, bytes);
@@ -117,7 +122,7 @@ API cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) { return allocate(address,
 API cuMemFree_v2(CUdeviceptr address) { return release(address); }
 // Unlike the other, this one gives nothing gladly: candle asks for it for the shapes of scalars.
 API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream) {
-    *address = 0;
+    *address = 0, counts.allocations++;
     return bytes > 0 ? allocate(address, bytes) : CUDA_SUCCESS;
 }
 API cuMemFreeAsync(CUdeviceptr address, CUstream) { return address ? release(address) : CUDA_SUCCESS; }
@@ -148,6 +153,7 @@ API cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstrea
 API cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t bytes, CUstream) { return copy(pointer(to), pointer(from), bytes, true, true); }
 API cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream) {
     if (bytes > 0 && !is_device(to, bytes)) return CUDA_ERROR_INVALID_VALUE;
+    counts.copies++;
     memset(pointer(to), value, bytes);
     OK;
 }
@@ -171,5 +177,6 @@ API cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int 
 }
 API cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
                    unsigned shared, CUstream, void **arguments, void **) {
+    counts.kernels++;
     return launch({reinterpret_cast<Kernel *>(function), {grid_x, grid_y, grid_z}, {x, y, z}, shared, arguments});
 }

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
@@ -63,6 +64,13 @@ class Helpers {
 };
 
 } // namespace
+
+Counts counts;
+Counts::~Counts() {
+    if (getenv("EMULATOR_COUNTS"))
+        fprintf(stderr, "%zu kernels, %zu products by cuBLAS, %zu copies, %zu allocations\n", kernels.load(), products.load(),
+                copies.load(), allocations.load());
+}
 
 void in_parallel(size_t count, const std::function<void(size_t)> &work) {
     static Helpers &helpers = *new Helpers; // their threads outlive what destructors destroy
