@@ -115,7 +115,7 @@ impl<'a> Graph<'a> {
         Value { tensor, slot: Some(self.pull_backs.len() - 1) }
     }
 
-    /// The gradients of `sum(cotangent * output)` over the outputs.
+    /// The gradients of `sum(cotangent * output)` over the outputs. Panics where a cotangent has not its output's shape.
     pub fn backward(self, outputs: impl IntoIterator<Item = (Value, Tensor)>) -> Result<Cotangents> {
         let mut found = Cotangents { sums: vec![None; self.pull_backs.len()], parameters: HashMap::new() };
         for (output, cotangent) in outputs {
@@ -179,6 +179,7 @@ impl Cotangents {
     /// The gradient for a variable that the adapter was loaded from; `None` where no output depends on it.
     pub fn take_variable(&mut self, variable: &Var) -> Result<Option<Tensor>> {
         let Some(parts) = self.parameters.remove(&variable.id()) else { return Ok(None) };
+        // An operation uses all rows of a variable, if by parts.
         let mut parts: Vec<(usize, Tensor)> = parts.into_iter().collect();
         parts.sort_by_key(|(row, _)| *row);
         let parts: Vec<Tensor> = parts.into_iter().map(|(_, part)| part).collect();

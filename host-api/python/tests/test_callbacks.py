@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -117,9 +117,17 @@ def test_an_interrupt_comes_through_as_itself(prepared: Make, case: Case) -> Non
         np.testing.assert_array_equal(latents, case.start)
 
 
+@pytest.fixture
+def default_interrupts() -> Iterator[None]:
+    """Python's own handler, which a shell takes from what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupts")
 @pytest.mark.parametrize("where", ["features", "cancelled"])
 def test_ctrl_c_stops_the_step(prepared: Make, case: Case, where: str) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     numbers, host = Numbers(), Recorder()
     host.gradient = numbers
 
