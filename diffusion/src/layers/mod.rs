@@ -32,8 +32,8 @@ pub use embedding::timestep_sinusoid;
 pub(crate) mod kernels {
     pub use super::cpu::{
         AttentionSizes, Bias, Convolution, GroupNormSizes, Kernel, attend_heads, attend_heads_vjp, geglu_rows,
-        geglu_rows_vjp, group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_parameters_vjp,
-        layer_norm_rows_vjp, linear_rows, linear_rows_vjp, softmax_rows, softmax_rows_vjp,
+        geglu_rows_vjp, group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_vjp, linear_rows,
+        linear_rows_vjp, softmax_rows,
     };
     /// In half precision on CUDA; `None` for what they do not take.
     #[cfg(feature = "cuda")]

@@ -32,13 +32,10 @@ pub(super) use linear::{linear, linear_channels, linear_channels_vjp, linear_vjp
 pub use linear::{linear_rows, linear_rows_vjp};
 pub(crate) use lora::lora_vjp;
 pub use norm::Affine;
-pub use norm::{
-    GroupNormSizes, group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_parameters_vjp,
-    layer_norm_rows_vjp,
-};
+pub use norm::{GroupNormSizes, group_norm_planes, group_norm_planes_vjp, layer_norm_rows, layer_norm_rows_vjp};
 pub(super) use norm::{group_norm, group_norm_vjp, layer_norm, layer_norm_parameters_vjp, layer_norm_vjp};
+pub use softmax::softmax_rows;
 pub(super) use softmax::{softmax, softmax_vjp};
-pub use softmax::{softmax_rows, softmax_rows_vjp};
 pub(super) use transpose::transpose_last;
 
 use crate::Result;

@@ -220,7 +220,7 @@ pub fn layer_norm_rows_vjp(x: &[f32], dy: &[f32], weight: &[f32], eps: f64, adde
 }
 
 /// The gradients for weight and bias of [`layer_norm_rows`] of rows of `n` values.
-pub fn layer_norm_rows_parameters_vjp(x: &[f32], dy: &[f32], n: usize, eps: f64) -> (Vec<f32>, Vec<f32>) {
+fn layer_norm_rows_parameters_vjp(x: &[f32], dy: &[f32], n: usize, eps: f64) -> (Vec<f32>, Vec<f32>) {
     let zero = || (vec![0f32; n], vec![0f32; n]);
     let add = |(mut weight, mut bias): (Vec<f32>, Vec<f32>), (x, dy): (&[f32], &[f32])| {
         let (mean, inverse) = statistics(x, eps);

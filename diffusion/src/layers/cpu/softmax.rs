@@ -36,7 +36,7 @@ pub(super) fn softmax_row(row: &mut [f32]) {
 }
 
 /// The gradient for `x` from the result `p` and its cotangent: `p (dp - sum(p dp))`, by rows of `n` values.
-pub fn softmax_rows_vjp(p: &[f32], dp: &[f32], n: usize) -> Vec<f32> {
+fn softmax_rows_vjp(p: &[f32], dp: &[f32], n: usize) -> Vec<f32> {
     by_pieces(p.len(), n, rows_at_once(n), |row, dx| {
         dx.copy_from_slice(&dp[row * n..][..n]);
         softmax_row_vjp(&p[row * n..][..n], dx);

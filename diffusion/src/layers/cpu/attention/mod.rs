@@ -62,7 +62,7 @@ pub(in crate::layers) fn attend_vjp(
     let (Some(sizes), Some(dys), Some(ys)) = (sizes, Values::of(dy), Values::of(y)) else { return Ok(None) };
     let (Some(qs), Some(ks), Some(vs)) = (Values::of(q), Values::of(k), Values::of(v)) else { return Ok(None) };
     let Some(log_sums) = Values::of(log_sums) else { return Ok(None) };
-    let found = attend_heads_vjp((&qs, &ks, &vs), (&ys, Some(&log_sums)), &dys, sizes, of_keys);
+    let found = attend_heads_vjp((&qs, &ks, &vs), (&ys, &log_sums), &dys, sizes, of_keys);
     let of_keys = |(dk, dv)| Ok::<_, Error>((tensor(dk, k.shape())?, tensor(dv, v.shape())?));
     Ok(Some(Cotangents { q: tensor(found.q, q.shape())?, kv: found.kv.map(of_keys).transpose()? }))
 }
@@ -71,46 +71,25 @@ pub(in crate::layers) fn attend_vjp(
 /// and `[batch, heads, queries]` logarithms of the sums of exponentials that the softmax divides by. Heads are read and
 /// written where they lie, between those of the others. Panics where the lengths do not fit the sizes.
 pub fn attend_heads((q, k, v): (&[f32], &[f32], &[f32]), sizes: AttentionSizes) -> (Vec<f32>, Vec<f32>) {
+    sizes.check((q, k, v));
     let mut log_sums = vec![0f32; sizes.batch * sizes.heads * sizes.queries];
-    let y = attend_by(sizes, (q, k), Some(v), &mut log_sums).expect("with values");
-    (y, log_sums)
-}
-
-/// The logarithms that [`attend_heads`] gives.
-fn log_sums((q, k): (&[f32], &[f32]), sizes: AttentionSizes) -> Vec<f32> {
-    let mut log_sums = vec![0f32; sizes.batch * sizes.heads * sizes.queries];
-    attend_by(sizes, (q, k), None, &mut log_sums);
-    log_sums
-}
-
-/// What is attended to, if values are given, and the logarithms in any case.
-fn attend_by(
-    sizes: AttentionSizes,
-    (q, k): (&[f32], &[f32]),
-    v: Option<&[f32]>,
-    log_sums: &mut [f32],
-) -> Option<Vec<f32>> {
-    sizes.check((q, k, v.unwrap_or(k)));
-    let panels = Panels { keys: sizes.key_columns(k), values: v.map(|v| sizes.key_rows(v)) };
-    let log_sums = Shared::of(log_sums);
-    let attend = |y: Option<&Shared>| {
+    let panels = Panels { keys: sizes.key_columns(k), values: sizes.key_rows(v) };
+    let all_log_sums = Shared::of(&mut log_sums);
+    let attend = |y: &Shared| {
         sizes.blocks().for_each_init(Scratch::default, |scratch, block| {
-            widest(Attend { sizes, q, panels: &panels, block, y, log_sums: &log_sums, scratch });
+            widest(Attend { sizes, q, panels: &panels, block, y, log_sums: &all_log_sums, scratch });
         })
     };
-    if v.is_none() {
-        attend(None);
-        return None;
-    }
     // SAFETY: the blocks of all heads are the whole of it.
-    Some(unsafe { written(q.len(), |y| attend(Some(y))) })
+    let y = unsafe { written(q.len(), attend) };
+    (y, log_sums)
 }
 
 /// All heads' keys as columns, `[width, keys]`, in panels of rows of a tile, and their values as rows, `[keys, width]`, in panels
 /// of vectors.
 struct Panels {
     keys: Vec<f32>,
-    values: Option<Vec<f32>>,
+    values: Vec<f32>,
 }
 
 #[derive(Default)]
@@ -126,7 +105,7 @@ struct Attend<'a> {
     q: &'a [f32],
     panels: &'a Panels,
     block: Queries,
-    y: Option<&'a Shared>,
+    y: &'a Shared,
     log_sums: &'a Shared,
     scratch: &'a mut Scratch,
 }
@@ -150,21 +129,18 @@ impl WithSimd for Attend<'_> {
             let block_of = Block { keys: KEYS.min(sizes.keys - first), queries: block.count };
             block_of.scores(simd, sizes.width, &keys[first * sizes.width..], queries, scores);
             let rescale = block_of.exponentials(simd, first == 0, scores, &mut largest, &mut sums);
-            if let Some(values) = &panels.values {
-                let values = &values[block.head * sizes.key_rows_len(lanes)..][..sizes.key_rows_len(lanes)];
-                for (row, factor) in attended.chunks_mut(width).zip(rescale).filter(|_| first > 0) {
-                    row.iter_mut().for_each(|y| *y *= factor);
-                }
-                let values = (values, sizes.keys, first);
-                block_of.sum_over_keys(simd, scores, values, sizes.width, first > 0, attended);
+            let values = &panels.values[block.head * sizes.key_rows_len(lanes)..][..sizes.key_rows_len(lanes)];
+            for (row, factor) in attended.chunks_mut(width).zip(rescale).filter(|_| first > 0) {
+                row.iter_mut().for_each(|y| *y *= factor);
             }
+            let values = (values, sizes.keys, first);
+            block_of.sum_over_keys(simd, scores, values, sizes.width, first > 0, attended);
         }
         for row in 0..block.count {
             // SAFETY: a block's queries are its own.
             unsafe {
                 let log_sum = largest[row] + sums[row].ln();
                 log_sums.at(block.head * sizes.queries + block.first + row).write(log_sum);
-                let Some(y) = y else { continue };
                 let y = y.at(sizes.at(block) + row * sizes.channels());
                 let inverse = 1. / sums[row];
                 for (i, value) in attended[row * width..][..sizes.width].iter().enumerate() {

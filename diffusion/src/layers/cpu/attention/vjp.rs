@@ -7,34 +7,26 @@ use super::super::memory::{Shared, written};
 use super::super::simd::{lanes, widest};
 use super::super::tile::ROWS;
 use super::block::{Block, KEYS, QUERIES, columns_in_panels, padded, panels_of, rows_in_panels};
-use super::{AttentionSizes, Cotangents, Queries, log_sums};
+use super::{AttentionSizes, Cotangents, Queries};
 
 /// Tasks that there should be at least, where keys' cotangents are wanted: a head's queries are cut into so many segments, whose
 /// sums are added in the end. A constant, so that results do not depend on the number of threads.
 const TASKS: usize = 16;
 
-/// The cotangents of q, and of k and v if wanted, from that of the result `y` of [`attend_heads`](super::attend_heads). The
-/// logarithms that came with it are found again if they are not given. Panics where lengths do not fit the sizes.
+/// The cotangents of q, and of k and v if wanted, from what [`attend_heads`](super::attend_heads) gave and the cotangent of its
+/// result `y`. Panics where lengths do not fit the sizes.
 ///
 /// With `P = softmax(S)` and `dP = dy v^T`: `dS = P (dP - sum(P dP))`, where `sum(P dP) = sum(y dy)`, and `dq = dS k`,
 /// `dk = dS^T q`, `dv = P^T dy`.
 pub fn attend_heads_vjp(
     (q, k, v): (&[f32], &[f32], &[f32]),
-    (y, log_sums_of_y): (&[f32], Option<&[f32]>),
+    (y, log_sums): (&[f32], &[f32]),
     dy: &[f32],
     sizes: AttentionSizes,
     of_keys: bool,
 ) -> Cotangents<Vec<f32>> {
     sizes.check((q, k, v));
     assert_eq!((y.len(), dy.len()), (q.len(), q.len()), "a result of attention and its cotangent");
-    let found;
-    let log_sums = match log_sums_of_y {
-        Some(log_sums) => log_sums,
-        None => {
-            found = log_sums((q, k), sizes);
-            &found
-        }
-    };
     assert_eq!(log_sums.len(), sizes.all_heads() * sizes.queries, "logarithms of sums");
     let blocks = sizes.blocks_of_head();
     let segments = if of_keys { TASKS.div_ceil(sizes.all_heads()).min(blocks) } else { blocks };
