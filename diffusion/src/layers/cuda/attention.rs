@@ -3,9 +3,10 @@
 use candle_core::Tensor;
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
 
-use super::{Address, Argument, EIGHT, Kernels, Ptx, ptx, takes};
+use super::{Address, Argument, EIGHT, Kernels, Ptx, alike, ptx, takes};
 use crate::Result;
 use crate::layers::Cotangents;
+use crate::layers::cpu::AttentionSizes;
 
 const PTX: Ptx = Ptx { name: "attention", source: ptx::ATTENTION };
 
@@ -56,22 +57,21 @@ impl Kind {
     }
 }
 
-/// Sizes of `[B, tokens, heads * width]` queries and keys; `None` for what the kernels do not take.
-fn sizes(q: &Tensor, k: &Tensor, heads: usize) -> Result<Option<(Kind, Shape)>> {
-    let (_, queries, channels) = q.dims3()?;
-    let (width, keys) = (channels / heads, k.dim(1)?);
-    if !takes(q) || !width.is_multiple_of(EIGHT) || queries == 0 || keys == 0 {
-        return Ok(None);
+/// Sizes of queries, keys and values `[B, tokens, heads * width]`; `None` for what the kernels do not take.
+fn sizes((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Option<(Kind, Shape)> {
+    let AttentionSizes { width, queries, keys, .. } = AttentionSizes::of((q, k, v), heads)?;
+    if !takes(q) || !alike(q, [k, v]) || !width.is_multiple_of(EIGHT) {
+        return None;
     }
-    let Some(kind) = Kind::ALL.into_iter().find(|kind| width <= kind.width) else { return Ok(None) };
+    let kind = Kind::ALL.into_iter().find(|kind| width <= kind.width)?;
     let scale = 1. / (width as f32).sqrt();
     let shape = Shape { queries: queries as i32, keys: keys as i32, heads: heads as i32, width: width as i32, scale };
-    Ok(Some((kind, shape)))
+    Some((kind, shape))
 }
 
 /// The result in the shape of q, and the logarithms of the softmax's sums, `[B, heads, queries]`.
 pub fn attend((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Result<Option<(Tensor, Tensor)>> {
-    let Some((kind, shape)) = sizes(q, k, heads)? else { return Ok(None) };
+    let Some((kind, shape)) = sizes((q, k, v), heads) else { return Ok(None) };
     let [q, k, v] = [q.contiguous()?, k.contiguous()?, v.contiguous()?];
     let kernels = Kernels::of(&q);
     let (batch, queries) = (q.dim(0)?, q.dim(1)?);
@@ -93,7 +93,8 @@ pub fn attend_vjp(
     heads: usize,
     of_keys: bool,
 ) -> Result<Option<Cotangents<Tensor>>> {
-    let Some((kind, shape)) = sizes(q, k, heads)? else { return Ok(None) };
+    let fits = dy.dims() == q.dims() && y.dims() == q.dims() && alike(q, [y, dy]);
+    let Some((kind, shape)) = sizes((q, k, v), heads).filter(|_| fits) else { return Ok(None) };
     let [q, k, v, dy] = [q.contiguous()?, k.contiguous()?, v.contiguous()?, dy.contiguous()?];
     let kernels = Kernels::of(&q);
     let (batch, queries, keys) = (q.dim(0)?, q.dim(1)?, k.dim(1)?);

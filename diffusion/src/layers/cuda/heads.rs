@@ -1,14 +1,15 @@
 //! Attention in f32: products of every head's matrices where they lie between those of the others, by cuBLAS.
 
+use candle_core::Tensor;
 use candle_core::cuda::cudarc::cublas::{result::gemm_strided_batched_ex, sys};
-use candle_core::{DType, Device, Tensor};
 
-use super::{Address, Kernels, softmax, softmax_vjp};
+use super::{Address, Kernels, alike, softmax, softmax_vjp, takes_wide};
 use crate::Result;
 use crate::layers::Cotangents;
 use crate::layers::attention::{BLOCK, row_blocks};
+use crate::layers::cpu::AttentionSizes;
 
-/// A matrix for each head of an item, row by row, in elements.
+/// A matrix for each head of an item, row by row; strides in elements.
 #[derive(Clone, Copy)]
 struct Matrices {
     at: Address,
@@ -48,13 +49,10 @@ struct Heads<'a> {
 }
 
 impl<'a> Heads<'a> {
-    /// Of queries and keys `[B, tokens, heads * width]`; `None` but for f32 on CUDA.
-    fn of(q: &'a Tensor, k: &Tensor, heads: usize) -> Result<Option<Self>> {
-        let taken = matches!(q.device(), Device::Cuda(_)) && q.dtype() == DType::F32;
-        if !taken || q.elem_count() == 0 || k.elem_count() == 0 {
-            return Ok(None);
-        }
-        Ok(Some(Self { kernels: Kernels::of(q), heads, width: q.dim(2)? / heads, keys: k.dim(1)? }))
+    /// Of queries, keys and values `[B, tokens, heads * width]`; `None` but for f32 on CUDA, and where they do not fit each other.
+    fn of((q, k, v): (&'a Tensor, &Tensor, &Tensor), heads: usize) -> Option<Self> {
+        let AttentionSizes { width, keys, .. } = AttentionSizes::of((q, k, v), heads)?;
+        (takes_wide(q) && alike(q, [k, v])).then(|| Self { kernels: Kernels::of(q), heads, width, keys })
     }
 
     fn scale(&self) -> f32 {
@@ -135,7 +133,7 @@ impl<'a> Heads<'a> {
 /// The result in the shape of q.
 pub(in crate::layers) fn attend_heads((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Result<Option<Tensor>> {
     let [q, k, v] = [q.contiguous()?, k.contiguous()?, v.contiguous()?];
-    let Some(of) = Heads::of(&q, &k, heads)? else { return Ok(None) };
+    let Some(of) = Heads::of((&q, &k, &v), heads) else { return Ok(None) };
     let (y, (batch, queries, _)) = (of.kernels.output(q.shape())?, q.dims3()?);
     for i in 0..batch {
         let (qs, ks, vs, ys) = (of.item(&q, i)?, of.item(&k, i)?, of.item(&v, i)?, of.item(&y, i)?);
@@ -157,7 +155,8 @@ pub(in crate::layers) fn attend_heads_vjp(
     of_keys: bool,
 ) -> Result<Option<Cotangents<Tensor>>> {
     let [q, k, v, dy] = [q.contiguous()?, k.contiguous()?, v.contiguous()?, dy.contiguous()?];
-    let Some(of) = Heads::of(&q, &k, heads)? else { return Ok(None) };
+    let of = Heads::of((&q, &k, &v), heads).filter(|_| dy.dims() == q.dims() && alike(&q, [&dy]));
+    let Some(of) = of else { return Ok(None) };
     let (dq, (batch, queries, _)) = (of.kernels.output(q.shape())?, q.dims3()?);
     let kv = of_keys.then(|| Ok::<_, crate::Error>((of.kernels.output(k.shape())?, of.kernels.output(v.shape())?)));
     let kv = kv.transpose()?;

@@ -47,15 +47,24 @@ pub(super) fn takes(x: &Tensor) -> bool {
     matches!(x.device(), Device::Cuda(_)) && matches!(x.dtype(), DType::F16 | DType::BF16)
 }
 
+/// Whether a tensor is on CUDA, in f32.
+fn takes_wide(x: &Tensor) -> bool {
+    matches!(x.device(), Device::Cuda(_)) && x.dtype() == DType::F32
+}
+
+/// Whether all these are of the dtype and on the device of `x`: kernels are given addresses alone.
+fn alike<'a>(x: &Tensor, others: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    others.into_iter().all(|other| other.dtype() == x.dtype() && other.device().same_device(x.device()))
+}
+
 /// The file of the kernels that take rows of this tensor's last dimension, any in f32 and multiples of eight in half precision: those
 /// of one name have the same arguments.
 fn of_rows(x: &Tensor, half: &'static Ptx) -> Result<Option<&'static Ptx>> {
-    let ptx = match x.dtype() {
-        DType::F32 if matches!(x.device(), Device::Cuda(_)) => Some(&rows::PTX),
-        _ if takes(x) && x.dim(D::Minus1)?.is_multiple_of(EIGHT) => Some(half),
-        _ => None,
-    };
-    Ok(ptx.filter(|_| x.elem_count() > 0))
+    if x.rank() == 0 || x.elem_count() == 0 {
+        return Ok(None);
+    }
+    let in_eights = takes(x) && x.dim(D::Minus1)?.is_multiple_of(EIGHT);
+    Ok(if takes_wide(x) { Some(&rows::PTX) } else { in_eights.then_some(half) })
 }
 
 /// `[B, C, h, w]` as `[B, h, w, C]`, contiguous: no copy where an image came from a kernel.

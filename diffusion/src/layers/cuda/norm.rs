@@ -3,7 +3,7 @@
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
 use candle_core::{D, Tensor};
 
-use super::{EIGHT, Kernels, Ptx, channels_first, channels_last, of_rows, ptx, takes, threads_for};
+use super::{EIGHT, Kernels, Ptx, alike, channels_first, channels_last, of_rows, ptx, takes, threads_for};
 use crate::Result;
 use crate::layers::cpu::Affine;
 
@@ -120,9 +120,16 @@ impl Pass {
     }
 }
 
+/// Whether there is a weight and a bias for each value of a row.
+fn fits(x: &Tensor, affine: Affine) -> bool {
+    let Affine { weight, bias, .. } = affine;
+    let width = x.dims().last();
+    alike(x, [weight, bias]) && [weight, bias].iter().all(|t| t.rank() == 1 && t.dims().last() == width)
+}
+
 /// Over the last dimension.
 pub(in crate::layers) fn layer_norm(x: &Tensor, affine: Affine) -> Result<Option<Tensor>> {
-    let Some(ptx) = of_rows(x, &PTX)? else { return Ok(None) };
+    let Some(ptx) = of_rows(x, &PTX)?.filter(|_| fits(x, affine)) else { return Ok(None) };
     let (x, width) = (x.contiguous()?, x.dim(D::Minus1)?);
     let kernels = Kernels::of(&x);
     let y = kernels.output(x.shape())?;
@@ -143,7 +150,9 @@ pub(in crate::layers) fn layer_norm_vjp(
     affine: Affine,
     before: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
-    let Some(ptx) = of_rows(x, &PTX)? else { return Ok(None) };
+    let taken = fits(x, affine) && alike(x, before.into_iter().chain([dy]));
+    let taken = taken && before.into_iter().chain([dy]).all(|t| t.dims() == x.dims());
+    let Some(ptx) = of_rows(x, &PTX)?.filter(|_| taken) else { return Ok(None) };
     let ([x, dy], width) = ([x.contiguous()?, dy.contiguous()?], x.dim(D::Minus1)?);
     let before = before.map(Tensor::contiguous).transpose()?;
     let kernels = Kernels::of(&x);

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::{EIGHT, Kernels, Ptx, channels_first, channels_last, of_rows, ptx, takes, threads_for};
+use super::{EIGHT, Kernels, Ptx, alike, channels_first, channels_last, of_rows, ptx, takes, threads_for};
 use crate::Result;
 
 const PTX: Ptx = Ptx { name: "pointwise", source: ptx::POINTWISE };
@@ -14,7 +14,10 @@ fn takes_rows(x: &Tensor, width: usize) -> bool {
 
 /// `x + bias + residual`, the bias along the last dimension; either may be absent.
 pub(in crate::layers) fn add(x: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Option<Tensor>> {
-    let Some(ptx) = of_rows(x, &PTX)? else { return Ok(None) };
+    let fits = alike(x, bias.into_iter().chain(residual))
+        && bias.is_none_or(|bias| bias.rank() == 1 && bias.dims().last() == x.dims().last())
+        && residual.is_none_or(|residual| residual.dims() == x.dims());
+    let Some(ptx) = of_rows(x, &PTX)?.filter(|_| fits) else { return Ok(None) };
     let (x, width) = (x.contiguous()?, x.dim(D::Minus1)?);
     let residual = residual.map(Tensor::contiguous).transpose()?;
     let kernels = Kernels::of(&x);

@@ -1,19 +1,15 @@
 //! Softmax of rows of any width in f32.
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, Tensor};
 
-use super::{Kernels, Ptx, ptx, threads_for};
+use super::{Kernels, Ptx, alike, ptx, takes_wide, threads_for};
 use crate::Result;
 
 pub(super) const PTX: Ptx = Ptx { name: "rows", source: ptx::ROWS };
 
-fn takes(x: &Tensor) -> bool {
-    matches!(x.device(), Device::Cuda(_)) && x.dtype() == DType::F32 && x.rank() > 0 && x.elem_count() > 0
-}
-
 /// Over the last dimension.
 pub(in crate::layers) fn softmax(x: &Tensor) -> Result<Option<Tensor>> {
-    if !takes(x) {
+    if !takes_wide(x) || x.rank() == 0 || x.elem_count() == 0 {
         return Ok(None);
     }
     let x = x.contiguous()?;
@@ -29,7 +25,7 @@ pub(in crate::layers) fn softmax(x: &Tensor) -> Result<Option<Tensor>> {
 
 /// The gradient for [`softmax`]'s input from its result and that one's cotangent.
 pub(in crate::layers) fn softmax_vjp(y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-    if !takes(y) {
+    if !takes_wide(y) || y.rank() == 0 || y.elem_count() == 0 || dy.dims() != y.dims() || !alike(y, [dy]) {
         return Ok(None);
     }
     let [y, dy] = [y.contiguous()?, dy.contiguous()?];

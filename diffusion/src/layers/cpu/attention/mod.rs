@@ -161,7 +161,8 @@ struct Queries {
 }
 
 impl AttentionSizes {
-    fn of((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Option<Self> {
+    /// `None` where shapes do not fit each other or hold nothing.
+    pub(in crate::layers) fn of((q, k, v): (&Tensor, &Tensor, &Tensor), heads: usize) -> Option<Self> {
         let ((batch, queries, channels), (of_keys, keys, key_channels)) = (q.dims3().ok()?, k.dims3().ok()?);
         let fits = batch == of_keys && channels == key_channels && v.dims() == k.dims();
         let fits = fits && heads > 0 && channels % heads == 0 && batch * queries * keys * channels > 0;
