@@ -37,8 +37,10 @@ impl Default for TensorAllocator {
     }
 }
 
-/// Gives the memory that [`TensorAllocator`] keeps back to the system.
+/// Gives the memory that [`TensorAllocator`] keeps back to the system, and what is free of each GPU's to its driver.
 pub fn release_memory() {
+    #[cfg(feature = "cuda")]
+    crate::device::release_memory();
     #[cfg(target_os = "linux")]
     kept::release();
 }

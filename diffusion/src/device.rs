@@ -1,5 +1,10 @@
 //! Devices and dtypes by the names that users write.
 
+#[cfg(feature = "cuda")]
+use std::collections::HashMap;
+#[cfg(feature = "cuda")]
+use std::sync::{LazyLock, Mutex, PoisonError};
+
 use candle_core::{DType, Device};
 
 use crate::{Error, Result};
@@ -23,11 +28,28 @@ fn cuda_device(_: usize) -> Result<Device> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_device(ordinal: usize) -> Result<Device> {
-    use std::collections::HashMap;
-    use std::sync::{LazyLock, Mutex, PoisonError};
+static OPEN: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Mutex::default);
 
-    static OPEN: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Mutex::default);
+/// Gives back what is free of the devices' memory pools, and of the memory of graphs.
+#[cfg(feature = "cuda")]
+pub(crate) fn release_memory() {
+    use candle_core::cuda::cudarc::driver::{result, sys};
+
+    let _asking = crate::asking();
+    for ordinal in OPEN.lock().unwrap_or_else(PoisonError::into_inner).keys() {
+        // SAFETY: the device is open. What cannot be given back is kept.
+        unsafe {
+            let Ok(device) = result::device::get(*ordinal as i32) else { continue };
+            if let Ok(pool) = result::device::get_default_mem_pool(device) {
+                sys::cuMemPoolTrimTo(pool, 0);
+            }
+            sys::cuDeviceGraphMemTrim(device);
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_device(ordinal: usize) -> Result<Device> {
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(device) = open.get(&ordinal) {
         return Ok(device.clone());

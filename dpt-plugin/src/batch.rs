@@ -27,8 +27,16 @@ pub(crate) struct Batch {
 }
 
 /// 0 for the rows of `[B, ..]` that are finite and NaN for others, `[B]`, in f64.
-fn rows(numbers: &Tensor) -> Result<Tensor> {
+pub(crate) fn rows(numbers: &Tensor) -> Result<Tensor> {
     Ok((numbers.flatten_from(1)? * 0.)?.sum(1)?.to_dtype(DType::F64)?)
+}
+
+/// `numbers` `[B, ..]` with zeros for the items that are NaN in `spoilt` `[B]`, so that theirs cannot reach the others.
+pub(crate) fn without_spoilt(spoilt: &Tensor, numbers: &Tensor) -> Result<Tensor> {
+    let mut rows = vec![1; numbers.rank()];
+    rows[0] = numbers.dim(0)?;
+    let fine = spoilt.eq(spoilt)?.reshape(rows)?.broadcast_as(numbers.shape())?;
+    Ok(fine.where_cond(numbers, &numbers.zeros_like()?)?)
 }
 
 impl Batch {
@@ -51,9 +59,19 @@ impl Batch {
         Ok(Self { latents, values, scale, spoilt: none, checks: Vec::new(), scores: None })
     }
 
-    /// All items.
+    /// All items, in VP space.
     pub(crate) fn values(&self) -> &Tensor {
         &self.values
+    }
+
+    /// How many there are.
+    pub(crate) fn items(&self) -> Result<usize> {
+        Ok(self.spoilt.dim(0)?)
+    }
+
+    /// NaN for items that were found spoilt so far, 0 for the others: `[B]`.
+    pub(crate) fn spoilt(&self) -> &Tensor {
+        &self.spoilt
     }
 
     /// Takes out the items that are NaN in `found`. Fails with `message` when nothing is left to correct: at once where looking
@@ -71,15 +89,17 @@ impl Batch {
     /// Takes out the items whose row of `numbers` `[B, ..]` is not finite. Asked of features and text themselves, because
     /// the adapter's ReLU makes 0 of NaN and a score that looks like any other.
     pub(crate) fn check_rows(&mut self, what: &str, numbers: &Tensor) -> Result<()> {
-        self.check(format!("{what} hold NaN or infinity for every item"), rows(numbers)?)
+        self.check_found(what, &rows(numbers)?)
     }
 
-    /// `numbers` `[B, ..]` with zeros for spoilt items, so that theirs cannot reach the others.
+    /// The same of numbers whose [`rows`] were looked at.
+    pub(crate) fn check_found(&mut self, what: &str, found: &Tensor) -> Result<()> {
+        self.check(format!("{what} hold NaN or infinity for every item"), found.clone())
+    }
+
+    /// [`without_spoilt`] of the items found so far.
     pub(crate) fn without_spoilt(&self, numbers: &Tensor) -> Result<Tensor> {
-        let mut rows = vec![1; numbers.rank()];
-        rows[0] = numbers.dim(0)?;
-        let fine = self.spoilt.eq(&self.spoilt)?.reshape(rows)?.broadcast_as(numbers.shape())?;
-        Ok(fine.where_cond(numbers, &numbers.zeros_like()?)?)
+        without_spoilt(&self.spoilt, numbers)
     }
 
     /// The items' scores `[B]`, to be reported.

@@ -49,6 +49,9 @@ pub struct Config {
     /// all instances.
     #[serde(default)]
     pub threads: Option<usize>,
+    /// On CUDA: launch the kernels of a run's steps, but for the first two, as one graph.
+    #[serde(default = "yes")]
+    pub cuda_graphs: bool,
     /// Correct also when the host adds U-Net inputs that the plugin's own U-Net cannot see.
     #[serde(default)]
     pub ignore_extra_inputs: bool,
@@ -156,6 +159,10 @@ impl GradientSource {
 
 fn one() -> f64 {
     1.
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn half() -> f64 {

@@ -94,7 +94,7 @@ impl Fitting<'_> {
         }
         unet.merge_lora(self.lora, 1.)?;
         let tap = unet.config().tap(tap)?;
-        Ok((Source::Own(Box::new(OwnUNet { unet, tap, tape: None, borrowed: None })), encoder))
+        Ok((Source::Own(Box::new(OwnUNet { unet, tap, borrowed: None })), encoder))
     }
 
     /// Reads the host's weights up to the tap. The LoRA is the host's to merge, and in its weights when it samples.
@@ -107,7 +107,7 @@ impl Fitting<'_> {
         let mut borrowed = BorrowedWeights::new(self.host, config, tap, dtype, self.device)?;
         let unet = borrowed.refresh()?.expect("the first time");
         let tap = config.tap(tap)?;
-        Ok(Source::Own(Box::new(OwnUNet { unet, tap, tape: None, borrowed: Some(borrowed) })))
+        Ok(Source::Own(Box::new(OwnUNet { unet, tap, borrowed: Some(borrowed) })))
     }
 
     /// Tap and widths of adapter and U-Net.

@@ -2,19 +2,20 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use diffusion::lora::LoraFile;
 use diffusion::{LoraEntry, TextModel};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
 use host_api::{Descriptor, DeviceMemory, Dtype, Lent, Model, Needs, Outcome, Report, Run, Space, Step, View};
+use tensor_views::Held;
 
 use crate::batch::Batch;
 use crate::config::{Config, GradientSource};
 use crate::fit::{Fitting, Prepared, gradient_source};
 use crate::params::{Strength, params};
 use crate::pool::Pool;
-use crate::score::{score, score_and_gradient};
-use crate::source::{Evaluation, Source};
+use crate::score::score;
+use crate::source::{FEATURES, Scorer, Source, check_features, replayed};
 use crate::text::{Conditioning, TextRequirements};
 use crate::{Adapter, Error, Result, checkpoint, lora};
 
@@ -26,8 +27,8 @@ pub struct DptPlugin {
     device: Device,
     pool: Pool,
     params: Arc<Params>,
-    adapter: Adapter,
-    lora_entries: Vec<LoraEntry>,
+    adapter: Held<Adapter>,
+    lora_entries: Held<Vec<LoraEntry>>,
     lora: Arc<Lora>,
     prepared: Option<Prepared>,
     conditioning: Option<Conditioning>,
@@ -51,7 +52,7 @@ impl Plugin for DptPlugin {
     }
 
     fn prepare(&mut self, model: &Model<'_>, latents: host_api::Device) -> host_api::Result<()> {
-        tensor_views::bind(&self.device);
+        let _asking = tensor_views::bind(&self.device);
         let own = tensor_views::name(&self.device);
         if own != latents && own != host_api::Device::Cpu && latents != host_api::Device::Cpu {
             let message =
@@ -80,14 +81,14 @@ impl Plugin for DptPlugin {
     }
 
     fn begin(&mut self, run: &Run<'_>) -> host_api::Result<()> {
-        tensor_views::bind(&self.device);
+        let _asking = tensor_views::bind(&self.device);
         self.prepared_mut().source.refresh()?;
         self.conditioning = Some(self.conditioning_of(&run.text, run.batch)?);
         Ok(())
     }
 
     fn step(&mut self, step: &Step<'_>, latents: &mut Latents<'_>, report: &mut Report) -> host_api::Result<()> {
-        tensor_views::bind(&self.device);
+        let _asking = tensor_views::bind(&self.device);
         let result = self.correct(step, latents, report);
         if result.is_err() {
             self.prepared_mut().source.release();
@@ -104,7 +105,7 @@ impl Plugin for DptPlugin {
         cotangent: Option<Dtype>,
         report: &mut Report,
     ) -> host_api::Result<Option<Lent>> {
-        tensor_views::bind(&self.device);
+        let _asking = tensor_views::bind(&self.device);
         Ok(self.score_features(step, features, cotangent, report)?)
     }
 
@@ -115,7 +116,7 @@ impl Plugin for DptPlugin {
         gradient: &View<'_>,
         report: &mut Report,
     ) -> host_api::Result<()> {
-        tensor_views::bind(&self.device);
+        let _asking = tensor_views::bind(&self.device);
         let strength = Strength::read(&self.params)?;
         report.outcome = strength.outcome(step);
         if report.outcome == Outcome::Corrected {
@@ -127,7 +128,7 @@ impl Plugin for DptPlugin {
     }
 
     fn end(&mut self) -> host_api::Result<()> {
-        tensor_views::bind(&self.device);
+        let _asking = tensor_views::bind(&self.device);
         self.conditioning = None;
         // What was kept from one step to the next.
         diffusion::release_memory();
@@ -156,7 +157,7 @@ impl Plugin for DptPlugin {
 
 impl Drop for DptPlugin {
     fn drop(&mut self) {
-        tensor_views::bind(&self.device);
+        let _asking = tensor_views::bind(&self.device);
         (self.prepared, self.conditioning) = (None, None);
         diffusion::release_memory();
     }
@@ -167,10 +168,11 @@ impl DptPlugin {
     fn new(host: HostHandle, config: Config) -> Result<Self> {
         let params = params(&config)?;
         let device = diffusion::device(&config.device).map_err(unknown_name)?;
+        let _asking = tensor_views::bind(&device);
         diffusion::dtype(&config.dtype).map_err(unknown_name)?;
-        let pool = Pool::new(config.threads)?;
+        let pool = Pool::new(config.threads, &device)?;
         let file = checkpoint::open(&config.adapter, &device)?;
-        let adapter = checkpoint::load_adapter(&file, config.hints())?;
+        let adapter = Held::new(checkpoint::load_adapter(&file, config.hints())?);
         let own = LoraFile::read(&file)?;
         file.finish()?;
         let files = match &config.lora {
@@ -180,7 +182,7 @@ impl DptPlugin {
             }
             Some(choices) => lora::load(choices.list(), &device, &host)?,
         };
-        let lora_entries = lora::combine(files, config.lora_strength)?;
+        let lora_entries = Held::new(lora::combine(files, config.lora_strength)?);
         let lora = Arc::new(lora::for_hosts(&lora_entries)?);
         let gradient = gradient_source(&config, &host);
         let (prepared, conditioning) = (None, None);
@@ -189,7 +191,8 @@ impl DptPlugin {
 
     fn conditioning_of(&self, text: &host_api::Text, batch: usize) -> Result<Conditioning> {
         let prepared = self.prepared.as_ref().expect("prepare precedes begin");
-        let needs = TextRequirements { batch, clip_dim: self.adapter.sizes().clip_dim, device: &self.device };
+        let (clip_dim, graphs) = (self.adapter.sizes().clip_dim, self.config.cuda_graphs);
+        let needs = TextRequirements { batch, clip_dim, device: &self.device, graphs };
         Conditioning::new(text, &needs, &prepared.source, prepared.encoder.as_ref(), &self.host)
     }
 
@@ -217,25 +220,14 @@ impl DptPlugin {
         let stop = || if host.cancelled() { Err(Error::Cancelled) } else { Ok(()) };
 
         stop()?;
-        let tap = &adapter.sizes().tap;
-        let keys = text.keys(source)?;
-        let evaluation = Evaluation { step, latents: batch.values(), tap, keys, pool };
-        let features = source.features(&evaluation, adapter.device())?;
-        check_features(&features, adapter, shape[0])?;
-        batch.check_rows("the U-Net's features", &features)?;
-        batch.check_rows("pooled texts", &text.pooled)?;
-        stop()?;
-        let timesteps = vec![step.timestep; shape[0]];
+        batch.check_rows(TEXTS, &text.pooled)?;
+        let by = Scorer { adapter, text, pool, stop: &stop };
         if !corrected {
-            source.release();
-            let scores = pool.run(|| score(adapter, &features, &timesteps, &text.pooled))?;
+            let scores = source.score(step, &mut batch, by)?;
             batch.set_scores(&scores)?;
             return batch.report(report);
         }
-        let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, &features, &timesteps, &text.pooled))?;
-        let cotangent = batch.without_spoilt(&cotangent)?;
-        stop()?;
-        let gradient = source.vjp(&cotangent, shape, pool)?;
+        let (scores, gradient) = source.score_and_gradient(step, &mut batch, by)?;
         batch.set_scores(&scores)?;
         batch.write(&gradient, &strength, latents, report)
     }
@@ -256,20 +248,19 @@ impl DptPlugin {
         let features = tensor_views::read(features, self.adapter.device())?.to_dtype(DType::F32)?;
         let items = features.dim(0)?;
         check_features(&features, &self.adapter, items)?;
-        let own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
-        let text = own_text.as_ref().or(self.conditioning.as_ref()).expect("begin precedes step");
+        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
+        let text = own_text.as_mut().or(self.conditioning.as_mut()).expect("begin precedes step");
         let mut batch = Batch::without_latents(items, self.adapter.device())?;
-        batch.check_rows("the U-Net's features", &features)?;
-        batch.check_rows("pooled texts", &text.pooled)?;
-        let timesteps = vec![step.timestep; items];
+        batch.check_rows(FEATURES, &features)?;
+        batch.check_rows(TEXTS, &text.pooled)?;
+        let sinusoids = self.adapter.sinusoids(&vec![step.timestep; items])?;
         let Some(dtype) = cotangent.filter(|_| corrected) else {
-            let scores = self.pool.run(|| score(&self.adapter, &features, &timesteps, &text.pooled))?;
+            let scores = self.pool.run(|| score(&self.adapter, &features, &sinusoids, &text.pooled))?;
             batch.set_scores(&scores)?;
             batch.report(report)?;
             return Ok(None);
         };
-        let (scores, gradient) =
-            self.pool.run(|| score_and_gradient(&self.adapter, &features, &timesteps, &text.pooled))?;
+        let (scores, gradient) = replayed(&self.adapter, text, &self.pool, &features, &sinusoids)?;
         batch.set_scores(&scores)?;
         batch.report(report)?;
         Ok(Some(tensor_views::lend(&batch.without_spoilt(&gradient)?.to_dtype(tensor_views::dtype(dtype))?)?))
@@ -293,6 +284,8 @@ impl DptPlugin {
     }
 }
 
+const TEXTS: &str = "pooled texts";
+
 /// A device or dtype that nobody knows; one that this build lacks is another error.
 fn unknown_name(error: diffusion::Error) -> Error {
     match error {
@@ -304,15 +297,4 @@ fn unknown_name(error: diffusion::Error) -> Error {
 /// c in `x = z / c`: latents in sigma space times it are in VP space.
 fn space_scale(step: &Step) -> f64 {
     if step.space == Space::Ve { step.alpha_bar.sqrt() } else { 1. }
-}
-
-fn check_features(features: &Tensor, adapter: &Adapter, batch: usize) -> Result<()> {
-    match features.dims() {
-        [b, c, h, w] if *b == batch && *c == adapter.sizes().channels && *h > 0 && *w > 0 => Ok(()),
-        found => Err(Error::Shape(format!(
-            "the features at {} have shape {found:?}, expected [{batch}, {}, h, w]",
-            adapter.sizes().tap,
-            adapter.sizes().channels
-        ))),
-    }
 }

@@ -3,10 +3,11 @@ use candle_core::{D, Tensor};
 use crate::{Adapter, Dropout, Graph, Result, Value};
 
 /// The matching score `s(y, z) = max_i cos(CLIP(y), h_i)` (Eq. 2), `[B]`, of the last decoder layer's matching queries.
-/// `features` `[B, C, h, w]`, one timestep per item, `pooled` `[B, p]`, on the adapter's device; computed in the adapter's dtype.
-pub fn score(adapter: &Adapter, features: &Tensor, timesteps: &[f64], pooled: &Tensor) -> Result<Tensor> {
+/// `features` `[B, C, h, w]`, timesteps as [`Adapter::sinusoids`], `pooled` `[B, p]`, on the adapter's device; computed in the
+/// adapter's dtype.
+pub fn score(adapter: &Adapter, features: &Tensor, sinusoids: &Tensor, pooled: &Tensor) -> Result<Tensor> {
     let (mut graph, features) = (Graph::default(), Value::constant(features.to_dtype(adapter.dtype())?));
-    let matching = matching(adapter, &mut graph, &features, timesteps)?;
+    let matching = matching(adapter, &mut graph, &features, sinusoids)?;
     Ok(Cosines::new(matching.tensor(), pooled)?.scores)
 }
 
@@ -15,20 +16,20 @@ pub fn score(adapter: &Adapter, features: &Tensor, timesteps: &[f64], pooled: &T
 pub fn score_and_gradient(
     adapter: &Adapter,
     features: &Tensor,
-    timesteps: &[f64],
+    sinusoids: &Tensor,
     pooled: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let mut graph = Graph::default();
     let features = graph.input(features.to_dtype(adapter.dtype())?);
-    let matching = matching(adapter, &mut graph, &features, timesteps)?;
+    let matching = matching(adapter, &mut graph, &features, sinusoids)?;
     let cosines = Cosines::new(matching.tensor(), pooled)?;
     let gradient = graph.backward([(matching, cosines.gradient()?)])?.take(&features);
     Ok((cosines.scores, gradient.expect("the score depends on every feature")))
 }
 
 /// h of the features, `[B, M, p]`.
-fn matching<'a>(adapter: &'a Adapter, graph: &mut Graph<'a>, features: &Value, timesteps: &[f64]) -> Result<Value> {
-    let queries = adapter.last_queries(graph, features, timesteps, &mut Dropout::none())?;
+fn matching<'a>(adapter: &'a Adapter, graph: &mut Graph<'a>, features: &Value, sinusoids: &Tensor) -> Result<Value> {
+    let queries = adapter.last_queries(graph, features, sinusoids, &mut Dropout::none())?;
     adapter.matching_of(graph, &queries)
 }
 

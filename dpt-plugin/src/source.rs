@@ -2,15 +2,18 @@
 //! latents in variance-preserving space and of the conditional text alone.
 
 use candle_core::{DType, Device, Tensor};
-use diffusion::{Tap, Tape, TextKeys, UNet};
+use diffusion::{Pass, Tap, UNet};
 use host_api::plugin::HostGradient;
 use host_api::{Step, View, ViewMut};
 
+use crate::batch::{Batch, rows, without_spoilt};
 use crate::borrowed::BorrowedWeights;
 use crate::pool::Pool;
-use crate::{Error, Result};
+use crate::score::{score, score_and_gradient};
+use crate::text::Conditioning;
+use crate::{Adapter, Error, Result};
 
-/// A source of features, and what it keeps of the last evaluation for the gradient.
+/// A source of features and their gradient.
 pub(crate) enum Source {
     /// The host's U-Net, through `gradient/1`.
     Host(Lender),
@@ -30,20 +33,18 @@ pub(crate) struct Lender {
 pub(crate) struct OwnUNet {
     pub(crate) unet: UNet,
     pub(crate) tap: Tap,
-    pub(crate) tape: Option<Tape>,
     /// Where its weights are the host's.
     pub(crate) borrowed: Option<BorrowedWeights>,
 }
 
-/// A step's latents `[B, C, h, w]` in VP space, f32.
-pub(crate) struct Evaluation<'a> {
-    pub(crate) step: &'a Step<'a>,
-    pub(crate) latents: &'a Tensor,
-    pub(crate) tap: &'a str,
-    /// Needed by the plugin's own U-Net.
-    pub(crate) keys: Option<&'a TextKeys>,
-    /// Where the plugin's own U-Net computes.
+/// What a step's latents are scored by.
+pub(crate) struct Scorer<'a> {
+    pub(crate) adapter: &'a Adapter,
+    pub(crate) text: &'a mut Conditioning,
+    /// Where the plugin computes.
     pub(crate) pool: &'a Pool,
+    /// Fails where the host wants no more of it.
+    pub(crate) stop: &'a dyn Fn() -> Result<()>,
 }
 
 impl OwnUNet {
@@ -65,53 +66,137 @@ impl Source {
         }
     }
 
-    /// The tap's output `[B, C, h, w]` in f32 on `device`.
-    pub(crate) fn features(&mut self, evaluation: &Evaluation, device: &Device) -> Result<Tensor> {
-        let Evaluation { step, latents, tap, keys, pool } = *evaluation;
-        match self {
+    /// The scores `[B]` of a batch's latents.
+    pub(crate) fn score(&mut self, step: &Step, batch: &mut Batch, by: Scorer) -> Result<Tensor> {
+        let Scorer { adapter, text, pool, stop } = by;
+        let times = vec![step.timestep; batch.items()?];
+        let features = match self {
             Source::Host(host) => {
-                let latents = tensor_views::lend(&latents.to_device(&host.device)?)?;
-                let read = |features: &View<'_>| tensor_views::read(features, device);
-                Ok(host.gradient.features(step, &latents.view(), tap, read)?.to_dtype(DType::F32)?)
+                let features = host.features(step, batch, adapter);
+                host.gradient.release();
+                features?
             }
             Source::Own(own) => {
-                let keys = keys.ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
-                let timesteps = vec![step.timestep; latents.dim(0)?];
-                let (features, tape) = pool.run(|| own.unet.forward_to(latents, &timesteps, keys, own.tap))?;
-                own.tape = Some(tape);
-                Ok(features.to_dtype(DType::F32)?.to_device(device)?)
+                let keys = text.keys(&own.unet)?;
+                pool.run(|| own.unet.features(batch.values(), &times, keys, own.tap))?.to_dtype(DType::F32)?
             }
-            Source::Split => Err(Error::Unsupported(
-                "`gradient` is \"split\": the host computes features and gradient and calls sampler-hook.split/1 instead"
-                    .into(),
-            )),
+            Source::Split => return Err(split()),
+        };
+        check_features(&features, adapter, times.len())?;
+        batch.check_rows(FEATURES, &features)?;
+        stop()?;
+        pool.run(|| score(adapter, &features, &adapter.sinusoids(&times)?, &text.pooled))
+    }
+
+    /// The scores `[B]` of a batch's latents, and the gradient of each item's score for them, `[B, C, h, w]`, in f32.
+    pub(crate) fn score_and_gradient(
+        &mut self,
+        step: &Step,
+        batch: &mut Batch,
+        by: Scorer,
+    ) -> Result<(Tensor, Tensor)> {
+        match self {
+            Source::Host(host) => host.score_and_gradient(step, batch, by),
+            Source::Own(own) => own.score_and_gradient(step, batch, by),
+            Source::Split => Err(split()),
         }
     }
 
-    /// The gradient of `sum(cotangent * features)` for the latents of the last evaluation, which it ends.
-    /// In f32 on the cotangent's device.
-    pub(crate) fn vjp(&mut self, cotangent: &Tensor, shape: [usize; 4], pool: &Pool) -> Result<Tensor> {
-        match self {
-            Source::Host(host) => {
-                let lent = tensor_views::lend(&cotangent.to_device(&host.device)?)?;
-                let write = |gradient: &mut ViewMut<'_>| host.gradient.vjp(&lent.view(), gradient);
-                Ok(tensor_views::fill(&shape, &host.device, write)?.to_device(cotangent.device())?)
-            }
-            Source::Own(own) => {
-                let tape = own.tape.take().expect("vjp follows features");
-                let gradient = pool.run(|| own.unet.vjp(tape, cotangent))?;
-                Ok(gradient.to_dtype(DType::F32)?)
-            }
-            Source::Split => unreachable!("it gives no features"),
-        }
-    }
-
-    /// Drops the last evaluation without a gradient.
+    /// Drops what a step that failed has left.
     pub(crate) fn release(&mut self) {
-        match self {
-            Source::Host(host) => host.gradient.release(),
-            Source::Own(own) => own.tape = None,
-            Source::Split => {}
+        if let Source::Host(host) = self {
+            host.gradient.release();
         }
+    }
+}
+
+pub(crate) const FEATURES: &str = "the U-Net's features";
+
+fn split() -> Error {
+    Error::Unsupported(
+        "`gradient` is \"split\": the host computes features and gradient and calls sampler-hook.split/1 instead"
+            .into(),
+    )
+}
+
+impl Lender {
+    /// The tap's output in f32 where the adapter is.
+    fn features(&mut self, step: &Step, batch: &Batch, adapter: &Adapter) -> Result<Tensor> {
+        let latents = tensor_views::lend(&batch.values().to_device(&self.device)?)?;
+        let read = |features: &View<'_>| tensor_views::read(features, adapter.device());
+        Ok(self.gradient.features(step, &latents.view(), &adapter.sizes().tap, read)?.to_dtype(DType::F32)?)
+    }
+
+    fn score_and_gradient(&mut self, step: &Step, batch: &mut Batch, by: Scorer) -> Result<(Tensor, Tensor)> {
+        let Scorer { adapter, text, pool, stop } = by;
+        let features = self.features(step, batch, adapter)?;
+        check_features(&features, adapter, batch.items()?)?;
+        batch.check_rows(FEATURES, &features)?;
+        stop()?;
+        let sinusoids = adapter.sinusoids(&vec![step.timestep; batch.items()?])?;
+        let (scores, cotangent) = replayed(adapter, text, pool, &features, &sinusoids)?;
+        let cotangent = batch.without_spoilt(&cotangent)?;
+        stop()?;
+        let lent = tensor_views::lend(&cotangent.to_device(&self.device)?)?;
+        let write = |gradient: &mut ViewMut<'_>| self.gradient.vjp(&lent.view(), gradient);
+        let gradient = tensor_views::fill(batch.values().dims(), &self.device, write)?.to_device(cotangent.device())?;
+        Ok((scores, gradient))
+    }
+}
+
+impl OwnUNet {
+    fn score_and_gradient(&self, step: &Step, batch: &mut Batch, by: Scorer) -> Result<(Tensor, Tensor)> {
+        let Scorer { adapter, text, pool, stop } = by;
+        let (pooled, keys, replay) = text.parts(&self.unet)?;
+        let times = vec![step.timestep; batch.items()?];
+        let (own_times, adapters_times) = (self.unet.sinusoids(&times)?, adapter.sinusoids(&times)?);
+        let inputs = [batch.values(), &own_times, &adapters_times, batch.spoilt()];
+        let results = replay.run(&inputs, |inputs, pass| {
+            let [latents, own_times, adapters_times, spoilt] = inputs else { unreachable!("as many as above") };
+            let stop = || if pass == Pass::Now { stop() } else { Ok(()) };
+            let (features, tape) = pool.run(|| self.unet.forward_to_at(latents, own_times, keys, self.tap))?;
+            let features = features.to_dtype(DType::F32)?;
+            check_features(&features, adapter, times.len())?;
+            let found = rows(&features)?;
+            stop()?;
+            let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, &features, adapters_times, pooled))?;
+            let cotangent = without_spoilt(&(spoilt + &found)?, &cotangent)?;
+            stop()?;
+            let gradient = pool.run(|| self.unet.vjp(tape, &cotangent))?.to_dtype(DType::F32)?;
+            Ok::<_, Error>(vec![found, scores, gradient])
+        })?;
+        let [found, scores, gradient] = &results[..] else { unreachable!("as many as above") };
+        batch.check_found(FEATURES, found)?;
+        Ok((scores.clone(), gradient.clone()))
+    }
+}
+
+/// The scores of a host's features, and their gradient for them.
+pub(crate) fn replayed(
+    adapter: &Adapter,
+    text: &mut Conditioning,
+    pool: &Pool,
+    features: &Tensor,
+    sinusoids: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let Conditioning { pooled, replay, .. } = text;
+    let results = replay.run(&[features, sinusoids], |inputs, _| {
+        let [features, sinusoids] = inputs else { unreachable!("as many as above") };
+        let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, features, sinusoids, pooled))?;
+        Ok::<_, Error>(vec![scores, cotangent])
+    })?;
+    let [scores, cotangent] = &results[..] else { unreachable!("as many as above") };
+    Ok((scores.clone(), cotangent.clone()))
+}
+
+/// The features are those that the adapter reads, of a batch.
+pub(crate) fn check_features(features: &Tensor, adapter: &Adapter, batch: usize) -> Result<()> {
+    match features.dims() {
+        [b, c, h, w] if *b == batch && *c == adapter.sizes().channels && *h > 0 && *w > 0 => Ok(()),
+        found => Err(Error::Shape(format!(
+            "the features at {} have shape {found:?}, expected [{batch}, {}, h, w]",
+            adapter.sizes().tap,
+            adapter.sizes().channels
+        ))),
     }
 }

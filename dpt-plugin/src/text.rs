@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use diffusion::text::TextEmbedding;
-use diffusion::{TextKeys, TextModel};
+use diffusion::{Replay, TextKeys, TextModel, UNet};
 use host_api::plugin::HostHandle;
 use host_api::{Text, View};
 
@@ -15,6 +15,8 @@ pub(crate) struct Conditioning {
     pub(crate) pooled: Tensor,
     /// Keys and values, and the context that they were made from.
     keys: Option<(TextKeys, Tensor)>,
+    /// Steps scored against it.
+    pub(crate) replay: Replay,
 }
 
 /// What the text must fit.
@@ -23,6 +25,8 @@ pub(crate) struct TextRequirements<'a> {
     /// p: width of the adapter's matching embeddings.
     pub(crate) clip_dim: usize,
     pub(crate) device: &'a Device,
+    /// Whether steps may be captured as CUDA graphs.
+    pub(crate) graphs: bool,
 }
 
 impl Conditioning {
@@ -62,17 +66,24 @@ impl Conditioning {
                 Some((own.unet.text(&context)?, context))
             }
         };
-        Ok(Self { pooled, keys })
+        Ok(Self { pooled, keys, replay: Replay::new(needs.graphs) })
     }
 
-    /// Keys and values for the source's weights as they are now; `None` where the source needs none.
-    pub(crate) fn keys(&mut self, source: &Source) -> Result<Option<&TextKeys>> {
-        if let (Source::Own(own), Some((keys, context))) = (source, &mut self.keys)
-            && !keys.is_of(&own.unet)
-        {
-            *keys = own.unet.text(context)?;
+    /// Keys and values for the weights as they are now.
+    pub(crate) fn keys(&mut self, unet: &UNet) -> Result<&TextKeys> {
+        self.parts(unet).map(|(_, keys, _)| keys)
+    }
+
+    /// The pooled text, keys and values for the weights as they are now, and the steps scored against them.
+    pub(crate) fn parts(&mut self, unet: &UNet) -> Result<(&Tensor, &TextKeys, &mut Replay)> {
+        let Self { pooled, keys, replay } = self;
+        let (keys, context) = keys.as_mut().ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
+        if !keys.is_of(unet) {
+            // What was captured reads the old ones, and the old weights.
+            replay.forget();
+            *keys = unet.text(context)?;
         }
-        Ok(self.keys.as_ref().map(|(keys, _)| keys))
+        Ok((pooled, keys, replay))
     }
 }
 

@@ -13,7 +13,7 @@ LD_LIBRARY_PATH=$(python3 -c 'import pathlib, torch; print(":".join(map(str, pat
 export LD_LIBRARY_PATH
 failed=0
 
-"$programs/kernel-tests" --test-threads 1 layers::cuda > "$results/kernels.log" 2>&1 || failed=1
+"$programs/kernel-tests" --test-threads 1 layers::cuda replay::tests > "$results/kernels.log" 2>&1 || failed=1
 export TEST_DEVICE=cuda PREBUILT=$programs
 (cd "$root/tests" && "$programs/cuda-tests" --test-threads 1) > "$results/tests.log" 2>&1 || failed=1
 unset TEST_DEVICE PREBUILT

@@ -5,7 +5,8 @@
 #     tests/gpu/emulate.sh PROGRAMS [FILTER]      # PROGRAMS by build.sh, of the same sources
 #
 # It needs a C++ compiler, make and the CUDA 13 toolkit (CUDA_HOME: headers, libcudart, libnvrtc). FILTER is a part of the tests'
-# names: `layers::cuda` for those of the kernels alone, half a minute on 2 cores; a module of cuda-tests takes 1 to 9 minutes.
+# names: `layers::cuda` for those of the kernels alone, half a minute on 2 cores, `replay` for those of graphs; a module of cuda-tests
+# takes 1 to 9 minutes.
 # EMULATOR_SEED draws another order of blocks, warps and lanes (0: the natural one); EMULATOR_THREADS: how many blocks run at once.
 # EMULATOR_COUNTS=1 tells how many kernels, products, copies and allocations each program asked for.
 #
@@ -28,8 +29,13 @@ make --silent --jobs --directory tests/gpu/emulator OUT="$out" CUDA_HOME="$CUDA_
 export LD_LIBRARY_PATH=$out:$CUDA_HOME/lib:$CUDA_HOME/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export TEST_DEVICE=cuda PREBUILT=$programs
 failed=0
-case $filter in layers::cuda*) of_kernels=$filter ;; *) of_kernels=layers::cuda::tests::$filter ;; esac
-"$programs/kernel-tests" --test-threads 1 "$of_kernels" 2>&1 | tee "$out/kernels.log" || failed=1
+case $filter in
+  "") of_kernels="layers::cuda replay::tests" ;;
+  layers::cuda* | replay*) of_kernels=$filter ;;
+  *) of_kernels=layers::cuda::tests::$filter ;;
+esac
+# shellcheck disable=SC2086
+"$programs/kernel-tests" --test-threads 1 $of_kernels 2>&1 | tee "$out/kernels.log" || failed=1
 # Work is done when it is asked for: no stream is ever found busy, which the two tests that are left out begin with.
 (cd tests && "$programs/cuda-tests" --test-threads 1 ${filter:+"$filter"} --skip work_is_in_the_order_of_the_hosts_stream \
   --skip a_plugin_that_computes_on_the_cpu_takes_them_in_order_too) 2>&1 | tee "$out/tests.log" || failed=1

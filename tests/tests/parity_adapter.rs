@@ -32,9 +32,10 @@ fn parity_adapter_from_both_containers_of_the_released_checkpoint() {
             close("boxes", &grounding.boxes, 1e-4);
             assert!(grounding.semantic.is_none());
 
-            close("score", &score(&adapter, &case["feature"], &timesteps, &case["pooled"]).unwrap(), 1e-4);
+            let sinusoids = adapter.sinusoids(&timesteps).unwrap();
+            close("score", &score(&adapter, &case["feature"], &sinusoids, &case["pooled"]).unwrap(), 1e-4);
             let (scores, gradient) =
-                score_and_gradient(&adapter, &case["feature"], &timesteps, &case["pooled"]).unwrap();
+                score_and_gradient(&adapter, &case["feature"], &sinusoids, &case["pooled"]).unwrap();
             close("score", &scores, 1e-4);
             close("feature_grad", &gradient, 1e-4);
         }

@@ -30,11 +30,16 @@ impl TimestepEmbedding {
         })
     }
 
-    /// Timesteps (may be fractional), one per item, to `[B, width]`.
-    pub(crate) fn forward(&self, timesteps: &[f64]) -> Result<Tensor> {
-        let weight = &self.linear_1.weight;
-        let wave = timestep_sinusoid(timesteps, self.channels, self.flip_sin_to_cos, self.freq_shift, weight.device())?;
-        self.linear_2.forward(&silu(&self.linear_1.forward(&wave.to_dtype(weight.dtype())?)?)?)
+    /// Timesteps (may be fractional), one per item, to `[B, channels]` in f32.
+    pub(crate) fn sinusoids(&self, timesteps: &[f64]) -> Result<Tensor> {
+        let device = self.linear_1.weight.device();
+        timestep_sinusoid(timesteps, self.channels, self.flip_sin_to_cos, self.freq_shift, device)
+    }
+
+    /// [`Self::sinusoids`] to `[B, width]`.
+    pub(crate) fn forward(&self, sinusoids: &Tensor) -> Result<Tensor> {
+        let sinusoids = sinusoids.to_dtype(self.linear_1.weight.dtype())?;
+        self.linear_2.forward(&silu(&self.linear_1.forward(&sinusoids)?)?)
     }
 }
 

@@ -19,6 +19,7 @@ mod linear;
 mod norm;
 mod resample;
 mod resnet;
+mod scale;
 mod tokens;
 
 pub(crate) use activation::{geglu, geglu_vjp};
@@ -50,4 +51,5 @@ pub use norm::LayerNorm;
 pub(crate) use norm::{GroupNorm, statistics_dtype};
 pub(crate) use resample::{upsample_nearest, upsample_nearest_vjp};
 pub(crate) use resnet::{ResnetBlock, ResnetSizes, ResnetTape};
+pub(crate) use scale::GradientScale;
 pub(crate) use tokens::{to_image, to_image_onto, to_tokens};

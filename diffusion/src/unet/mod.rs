@@ -30,7 +30,7 @@ pub use text::TextKeys;
 pub use weights::Weight;
 
 use crate::config::weights_file;
-use crate::layers::{Conv2d, GroupNorm, TimestepEmbedding, silu};
+use crate::layers::{Conv2d, GradientScale, GroupNorm, TimestepEmbedding, silu};
 use crate::lora::LoraEntry;
 use crate::{Checkpoint, Error, Result, Scope};
 use attention::Attention;
@@ -55,14 +55,6 @@ pub struct UNet {
     lora: lora::Merged,
     /// Stands for these weights as they are now, so that text keys and tapes made with others are recognised.
     revision: u64,
-}
-
-/// A power of two that brings the largest value near 1. The gradients of a score can be far below what f16 holds (6e-8), or
-/// beyond 65504; the backward pass is linear, so it may run on a multiple.
-fn scale_for_f16(cotangent: &Tensor) -> Result<f64> {
-    let largest = cotangent.to_dtype(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;
-    // Zero and what is not finite have no such power.
-    Ok(if largest.is_normal() { 2f64.powi(-largest.log2().floor().clamp(-100., 100.) as i32) } else { 1. })
 }
 
 /// A number that no U-Net in this process had before.
@@ -189,14 +181,14 @@ impl UNet {
     /// Predicts the noise (or v) in latents `[B, in_channels, h, w]` at one timestep per item: `[B, out_channels, h, w]`.
     pub fn forward(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<Tensor> {
         let (norm, conv) = self.output_layers()?;
-        let (x, _) = self.run(latents, timesteps, text, None, false)?;
+        let (x, _) = self.run(latents, &self.sinusoids(timesteps)?, text, None, false)?;
         conv.forward(&norm.forward_silu(&x)?)
     }
 
     /// [`Self::forward`] with what its gradient needs.
     pub fn forward_recorded(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<(Tensor, Tape)> {
         let (norm, conv) = self.output_layers()?;
-        let (x, tape) = self.run(latents, timesteps, text, None, true)?;
+        let (x, tape) = self.run(latents, &self.sinusoids(timesteps)?, text, None, true)?;
         let noise = conv.forward(&norm.forward_silu(&x)?)?;
         let tape = tape.expect("recorded");
         Ok((noise.clone(), Tape { activation: noise.dims().to_vec(), out: Some(x), ..tape }))
@@ -209,15 +201,31 @@ impl UNet {
 
     /// The activation `[B, C, h, w]` of a tap and what its gradient needs.
     pub fn forward_to(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys, tap: Tap) -> Result<(Tensor, Tape)> {
+        self.forward_to_at(latents, &self.sinusoids(timesteps)?, text, tap)
+    }
+
+    /// [`Self::forward_to`] at timesteps that are on the device already, as [`Self::sinusoids`]: work for [`crate::Replay`].
+    pub fn forward_to_at(
+        &self,
+        latents: &Tensor,
+        sinusoids: &Tensor,
+        text: &TextKeys,
+        tap: Tap,
+    ) -> Result<(Tensor, Tape)> {
         self.check_loaded(tap)?;
-        let (activation, tape) = self.run(latents, timesteps, text, Some(tap), true)?;
+        let (activation, tape) = self.run(latents, sinusoids, text, Some(tap), true)?;
         Ok((activation, tape.expect("recorded")))
+    }
+
+    /// What the model is told of timesteps, one per item: `[B, C]` in f32.
+    pub fn sinusoids(&self, timesteps: &[f64]) -> Result<Tensor> {
+        self.time_embedding.sinusoids(timesteps)
     }
 
     /// The activation alone, where no gradient follows: each layer's intermediate results are freed at once.
     pub fn features(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys, tap: Tap) -> Result<Tensor> {
         self.check_loaded(tap)?;
-        Ok(self.run(latents, timesteps, text, Some(tap), false)?.0)
+        Ok(self.run(latents, &self.sinusoids(timesteps)?, text, Some(tap), false)?.0)
     }
 
     fn check_loaded(&self, tap: Tap) -> Result<()> {
@@ -229,7 +237,7 @@ impl UNet {
     pub fn vjp(&self, tape: Tape, cotangent: &Tensor) -> Result<Tensor> {
         let (gradient, scale) = self.pull_back(tape, cotangent, &mut LoraGradients::default())?;
         let gradient = gradient.expect("a pass without LoRA goes on to the latents");
-        Ok((gradient.to_dtype(cotangent.dtype())? / scale)?)
+        scale.unscaled(&gradient, cotangent.dtype())
     }
 
     /// The gradients of `sum(cotangent * activation)` for the factors of `entries`, which are merged at strength 1, by module.
@@ -243,12 +251,17 @@ impl UNet {
     ) -> Result<BTreeMap<String, LoraGradient>> {
         let mut lora = LoraGradients::of(entries, self.attentions().map(|attention| attention.path.as_str()))?;
         let (_, scale) = self.pull_back(tape, cotangent, &mut lora)?;
-        lora.finish(scale)
+        lora.finish(scale.value()?)
     }
 
-    /// A multiple of the gradient for the latents, `None` where the pass ended before, and the factor that it and the factors'
-    /// gradients were multiplied by.
-    fn pull_back(&self, tape: Tape, cotangent: &Tensor, lora: &mut LoraGradients) -> Result<(Option<Tensor>, f64)> {
+    /// A multiple of the gradient for the latents, `None` where the pass ended before, and what it and the factors' gradients were
+    /// multiplied by.
+    fn pull_back(
+        &self,
+        tape: Tape,
+        cotangent: &Tensor,
+        lora: &mut LoraGradients,
+    ) -> Result<(Option<Tensor>, GradientScale)> {
         if tape.revision != self.revision {
             return Err(Error::Input("the tape was recorded with other weights; evaluate again".into()));
         }
@@ -257,10 +270,10 @@ impl UNet {
             return Err(Error::Input(format!("cotangent has shape {found:?}, the activation {expected:?}")));
         }
         if lora.are_all_found() {
-            return Ok((None, 1.));
+            return Ok((None, GradientScale::One));
         }
-        let scale = if self.dtype == DType::F16 { scale_for_f16(cotangent)? } else { 1. };
-        let mut d = (cotangent * scale)?.to_dtype(self.dtype)?.to_device(&self.device)?.contiguous()?;
+        let scale = GradientScale::of(cotangent, self.dtype)?;
+        let mut d = scale.scaled(cotangent, self.dtype)?.to_device(&self.device)?.contiguous()?;
         if let (Some((norm, conv)), Some(x)) = (&self.out, &tape.out) {
             d = norm.vjp_silu(x, &conv.vjp(&d, tape.size)?)?;
         }
@@ -284,13 +297,13 @@ impl UNet {
     fn run(
         &self,
         latents: &Tensor,
-        timesteps: &[f64],
+        sinusoids: &Tensor,
         text: &TextKeys,
         end: Option<Tap>,
         recording: bool,
     ) -> Result<(Tensor, Option<Tape>)> {
-        self.check_inputs(latents, timesteps, text)?;
-        let time = silu(&self.time_embedding.forward(timesteps)?)?;
+        self.check_inputs(latents, sinusoids, text)?;
+        let time = silu(&self.time_embedding.forward(sinusoids)?)?;
         let condition = Condition { time: &time, text, recording };
         let reached = |tap: Tap| end.is_none_or(|end| tap <= end);
         let size = (latents.dim(2)?, latents.dim(3)?);
@@ -320,7 +333,7 @@ impl UNet {
         Ok((x, tape))
     }
 
-    fn check_inputs(&self, latents: &Tensor, timesteps: &[f64], text: &TextKeys) -> Result<()> {
+    fn check_inputs(&self, latents: &Tensor, sinusoids: &Tensor, text: &TextKeys) -> Result<()> {
         let channels = self.config.in_channels;
         let batch = match latents.dims() {
             [batch, found, h, w] if *found == channels && [batch, h, w].iter().all(|size| **size > 0) => *batch,
@@ -328,8 +341,13 @@ impl UNet {
                 return Err(Error::Input(format!("latents have shape {found:?}, expected [batch, {channels}, h, w]")));
             }
         };
-        if timesteps.len() != batch {
-            return Err(Error::Input(format!("{} timesteps for a batch of {batch}", timesteps.len())));
+        let (timesteps, width) = sinusoids.dims2()?;
+        if timesteps != batch {
+            return Err(Error::Input(format!("{timesteps} timesteps for a batch of {batch}")));
+        }
+        if width != self.config.block_out_channels[0] {
+            let expected = self.config.block_out_channels[0];
+            return Err(Error::Input(format!("sinusoids of timesteps are {width} wide, expected {expected}")));
         }
         if text.batch() != batch {
             return Err(Error::Input(format!("{} texts for a batch of {batch}", text.batch())));

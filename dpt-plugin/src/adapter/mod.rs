@@ -95,36 +95,42 @@ impl Adapter {
         self.query_embed.tensor().dtype()
     }
 
+    /// What the adapter is told of timesteps, one per item: `[B, d]`.
+    pub fn sinusoids(&self, timesteps: &[f64]) -> Result<Tensor> {
+        Ok(timestep_sinusoid(timesteps, self.sizes.d_model, true, 0., self.device())?.to_dtype(self.dtype())?)
+    }
+
     /// Q*: every decoder layer's normalised output, `[layers, B, N, d]`, for the tapped features `[B, C, h, w]` at one
     /// timestep per item (Eq. 1).
     pub fn queries(&self, features: &Tensor, timesteps: &[f64]) -> Result<Tensor> {
         let features = Value::constant(features.to_dtype(self.dtype())?);
-        let layers = self.decoded(&mut Graph::default(), &features, timesteps, &mut Dropout::none())?;
+        let sinusoids = self.sinusoids(timesteps)?;
+        let layers = self.decoded(&mut Graph::default(), &features, &sinusoids, &mut Dropout::none())?;
         Ok(Tensor::stack(&layers.iter().map(Value::tensor).collect::<Vec<_>>(), 0)?)
     }
 
-    /// The last layer's, `[B, N, d]`, to be differentiated; with dropout, as in training, or [`Dropout::none`].
+    /// The last layer's, `[B, N, d]`, at timesteps as [`Self::sinusoids`], to be differentiated; with dropout, as in training, or
+    /// [`Dropout::none`].
     pub fn last_queries<'a>(
         &'a self,
         graph: &mut Graph<'a>,
         features: &Value,
-        timesteps: &[f64],
+        sinusoids: &Tensor,
         dropout: &mut Dropout,
     ) -> Result<Value> {
-        Ok(self.decoded(graph, features, timesteps, dropout)?.pop().expect("an adapter has a decoder layer"))
+        Ok(self.decoded(graph, features, sinusoids, dropout)?.pop().expect("an adapter has a decoder layer"))
     }
 
     fn decoded<'a>(
         &'a self,
         graph: &mut Graph<'a>,
         features: &Value,
-        timesteps: &[f64],
+        sinusoids: &Tensor,
         dropout: &mut Dropout,
     ) -> Result<Vec<Value>> {
         let (b, _, h, w) = features.tensor().dims4()?;
         let (d, dtype, device) = (self.sizes.d_model, self.dtype(), self.device());
-        let wave = Value::constant(timestep_sinusoid(timesteps, d, true, 0., device)?.to_dtype(dtype)?);
-        let hidden = self.time.0.forward(graph, &wave)?;
+        let hidden = self.time.0.forward(graph, &Value::constant(sinusoids.clone()))?;
         let hidden = layers::silu(graph, &hidden)?;
         let time = self.time.1.forward(graph, &hidden)?;
         let positions = self.positions.of(h, w, d, dtype, device)?;

@@ -1,24 +1,23 @@
+use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 
-/// Those of the size that was last asked for: every step of a run asks for the same.
+/// Those of each size that was asked for. None is ever let go: a recorded step may read it.
 #[derive(Default)]
-pub(super) struct SinePositions(Mutex<Option<((usize, usize), Tensor)>>);
+pub(super) struct SinePositions(Mutex<HashMap<(usize, usize), Tensor>>);
 
 impl SinePositions {
     /// [`sine`] of an adapter's `d`, dtype and device.
     pub(super) fn of(&self, height: usize, width: usize, d: usize, dtype: DType, device: &Device) -> Result<Tensor> {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((size, positions)) = &*last
-            && *size == (height, width)
-        {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(positions) = known.get(&(height, width)) {
             return Ok(positions.clone());
         }
         let positions = sine(height, width, d, device)?.to_dtype(dtype)?;
-        *last = Some(((height, width), positions.clone()));
+        known.insert((height, width), positions.clone());
         Ok(positions)
     }
 }

@@ -63,7 +63,9 @@ fn answers<'a>(adapter: &'a Adapter, graph: &mut Graph<'a>, features: &Value, dr
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         state ^ (state >> 29)
     };
-    let queries = adapter.last_queries(graph, features, &TIMESTEPS, &mut Dropout::new(dropped, &mut bits)).unwrap();
+    let queries = adapter
+        .last_queries(graph, features, &adapter.sinusoids(&TIMESTEPS).unwrap(), &mut Dropout::new(dropped, &mut bits))
+        .unwrap();
     let second = graph.narrow(&queries, 0, 1, 1).unwrap();
     let Grounding { class_logits, boxes, semantic } = adapter.grounding_of(graph, &second).unwrap();
     vec![adapter.matching_of(graph, &queries).unwrap(), class_logits, boxes, semantic.unwrap()]

@@ -3,7 +3,7 @@ use std::ffi::c_void;
 use candle_core::{CpuStorage, Storage, Tensor};
 use host_api::{Lent, Memory, Result, View};
 
-use crate::{candle_failed, dtype_of};
+use crate::{Held, candle_failed, dtype_of};
 
 /// A tensor of f32, f16 or bf16 for the other side to read, where it is; it must not be written in place meanwhile.
 pub fn lend(tensor: &Tensor) -> Result<Lent> {
@@ -24,7 +24,7 @@ pub fn lend(tensor: &Tensor) -> Result<Lent> {
     // of candle's stream.
     let view = unsafe { View::of_memory(start.cast(), dtype, &shape, None, memory) }?;
     // SAFETY: as above.
-    Ok(unsafe { Lent::owned(view, tensor) })
+    Ok(unsafe { Lent::owned(view, Held::new(tensor)) })
 }
 
 fn in_main_memory(storage: &CpuStorage) -> *const c_void {

@@ -7,14 +7,17 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod fill;
+mod held;
 mod lend;
 mod read;
 mod write;
 
 use candle_core::{DType, Device};
+use diffusion::{Asking, asking};
 use host_api::{DeviceMemory, Dtype, Error, Result, Status};
 
 pub use fill::fill;
+pub use held::Held;
 pub use lend::lend;
 pub use read::read;
 pub use write::write;
@@ -41,12 +44,14 @@ pub fn name(device: &Device) -> host_api::Device {
     }
 }
 
-/// Makes this thread's current context that of the device, which freeing its tensors takes.
-pub fn bind(device: &Device) {
+/// Makes this thread's current context that of the device, which freeing its tensors takes, and keeps others from capturing its stream
+/// as long as the result lives. To be called, with the result kept, wherever a host calls.
+pub fn bind(device: &Device) -> Asking {
     #[cfg(feature = "cuda")]
     cuda::bind(device);
     #[cfg(not(feature = "cuda"))]
     let _ = device;
+    asking()
 }
 
 /// candle's name of an element type.

@@ -1,4 +1,5 @@
 // The two products of cuBLAS that candle asks for, with sums in f32 or f64.
+#include "graph.h"
 #include "launch.h"
 #include "memory.h"
 
@@ -50,7 +51,8 @@ template <class S> std::vector<S> unpack(const Matrix &m, int item, int rows, in
 }
 
 template <class S>
-cublasStatus_t multiply(int m, int n, int k, S alpha, const Matrix &a, const Matrix &b, S beta, const Matrix &c, int batch) {
+void multiply_now(int m, int n, int k, S alpha, const Matrix &a, const Matrix &b, S beta, const Matrix &c, int batch) {
+    emulator::counts.products++;
     const int rows_at_once = 256, columns_at_once = 64;
     const int across = (m + rows_at_once - 1) / rows_at_once, tiles = across * ((n + columns_at_once - 1) / columns_at_once);
     for (int item = 0; item < batch; item++) {
@@ -73,35 +75,40 @@ cublasStatus_t multiply(int m, int n, int k, S alpha, const Matrix &a, const Mat
             }
         });
     }
-    return CUBLAS_STATUS_SUCCESS;
+}
+
+template <class S>
+cublasStatus_t multiply(cublasHandle_t handle, int m, int n, int k, const void *alpha, const Matrix &a, const Matrix &b, const void *beta,
+                        const Matrix &c, int batch) {
+    const S by = *static_cast<const S *>(alpha), keep = *static_cast<const S *>(beta);
+    const CUresult asked = emulator::ask(*reinterpret_cast<cudaStream_t *>(handle),
+                                         [=] { return multiply_now<S>(m, n, k, by, a, b, keep, c, batch), CUDA_SUCCESS; });
+    return asked == CUDA_SUCCESS ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 
 } // namespace
 
-API cublasCreate_v2(cublasHandle_t *handle) { *handle = reinterpret_cast<cublasHandle_t>(new char); return CUBLAS_STATUS_SUCCESS; }
-API cublasDestroy_v2(cublasHandle_t handle) { delete reinterpret_cast<char *>(handle); return CUBLAS_STATUS_SUCCESS; }
-API cublasSetStream_v2(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
+// A handle is its stream.
+API cublasCreate_v2(cublasHandle_t *handle) { *handle = reinterpret_cast<cublasHandle_t>(new cudaStream_t{}); return CUBLAS_STATUS_SUCCESS; }
+API cublasDestroy_v2(cublasHandle_t handle) { delete reinterpret_cast<cudaStream_t *>(handle); return CUBLAS_STATUS_SUCCESS; }
+API cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) { *reinterpret_cast<cudaStream_t *>(handle) = stream; return CUBLAS_STATUS_SUCCESS; }
 
-API cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t of_a, cublasOperation_t of_b, int m, int n, int k, const void *alpha,
-                               const void *a, cudaDataType a_type, int lda, long long a_stride, const void *b, cudaDataType b_type,
-                               int ldb, long long b_stride, const void *beta, void *c, cudaDataType c_type, int ldc,
-                               long long c_stride, int batch, cublasComputeType_t compute, cublasGemmAlgo_t) {
-    emulator::counts.products++;
+API cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t of_a, cublasOperation_t of_b, int m, int n, int k,
+                               const void *alpha, const void *a, cudaDataType a_type, int lda, long long a_stride, const void *b,
+                               cudaDataType b_type, int ldb, long long b_stride, const void *beta, void *c, cudaDataType c_type,
+                               int ldc, long long c_stride, int batch, cublasComputeType_t compute, cublasGemmAlgo_t) {
     const Matrix left{a, a_type, of_a != CUBLAS_OP_N, lda, a_stride}, right{b, b_type, of_b != CUBLAS_OP_N, ldb, b_stride};
     const Matrix out{c, c_type, false, ldc, c_stride};
     switch (compute) {
-    case CUBLAS_COMPUTE_32F: case CUBLAS_COMPUTE_32F_FAST_TF32:
-        return multiply(m, n, k, *static_cast<const float *>(alpha), left, right, *static_cast<const float *>(beta), out, batch);
-    case CUBLAS_COMPUTE_64F:
-        return multiply(m, n, k, *static_cast<const double *>(alpha), left, right, *static_cast<const double *>(beta), out, batch);
+    case CUBLAS_COMPUTE_32F: case CUBLAS_COMPUTE_32F_FAST_TF32: return multiply<float>(handle, m, n, k, alpha, left, right, beta, out, batch);
+    case CUBLAS_COMPUTE_64F: return multiply<double>(handle, m, n, k, alpha, left, right, beta, out, batch);
     default: return CUBLAS_STATUS_NOT_SUPPORTED;
     }
 }
 
-API cublasDgemmStridedBatched(cublasHandle_t, cublasOperation_t of_a, cublasOperation_t of_b, int m, int n, int k,
+API cublasDgemmStridedBatched(cublasHandle_t handle, cublasOperation_t of_a, cublasOperation_t of_b, int m, int n, int k,
                               const double *alpha, const double *a, int lda, long long a_stride, const double *b, int ldb,
                               long long b_stride, const double *beta, double *c, int ldc, long long c_stride, int batch) {
-    emulator::counts.products++;
-    return multiply<double>(m, n, k, *alpha, {a, CUDA_R_64F, of_a != CUBLAS_OP_N, lda, a_stride},
-                            {b, CUDA_R_64F, of_b != CUBLAS_OP_N, ldb, b_stride}, *beta, {c, CUDA_R_64F, false, ldc, c_stride}, batch);
+    return multiply<double>(handle, m, n, k, alpha, {a, CUDA_R_64F, of_a != CUBLAS_OP_N, lda, a_stride},
+                            {b, CUDA_R_64F, of_b != CUBLAS_OP_N, ldb, b_stride}, beta, {c, CUDA_R_64F, false, ldc, c_stride}, batch);
 }

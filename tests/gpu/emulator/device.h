@@ -10,6 +10,7 @@
 
 #include <cstring>
 #include <cuda/std/limits>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -41,6 +42,18 @@ template <class... A, void (*F)(A...)> struct Caller<F> {
     static void call(void **arguments) { unpacked(arguments, std::index_sequence_for<A...>{}); }
     template <size_t... I> static void unpacked(void **arguments, std::index_sequence<I...>) {
         F(*static_cast<std::remove_cv_t<A> *>(arguments[I])...);
+    }
+
+    struct Kept {
+        std::tuple<std::remove_cv_t<A>...> values;
+        void *arguments[sizeof...(A)];
+        template <size_t... I>
+        Kept(void **from, std::index_sequence<I...>)
+            : values(*static_cast<std::remove_cv_t<A> *>(from[I])...), arguments{&std::get<I>(values)...} {}
+    };
+    static std::shared_ptr<void *> keep(void **arguments) {
+        auto kept = std::make_shared<Kept>(arguments, std::index_sequence_for<A...>{});
+        return {kept, kept->arguments};
     }
 };
 

@@ -1,4 +1,6 @@
-// The functions of the driver that candle, cudarc and the tests call. Streams and events are nothing: all is done at once.
+// The functions of the driver that candle, cudarc and the tests call, but for those of streams and graphs. Events are nothing: all is
+// done at once, or as a graph is launched.
+#include "graph.h"
 #include "launch.h"
 #include "memory.h"
 
@@ -105,27 +107,27 @@ API cuCtxSetCurrent(CUcontext context) {
     if (context) contexts.push_back(context);
     OK;
 }
-API cuCtxSynchronize() { OK; }
+API cuCtxSynchronize() { return refuse_while_capturing(true); }
 
-API cuStreamCreate(CUstream *stream, unsigned) { *stream = reinterpret_cast<CUstream>(new char); OK; }
-API cuStreamDestroy_v2(CUstream stream) { delete reinterpret_cast<char *>(stream); OK; }
-API cuStreamSynchronize(CUstream) { OK; }
-API cuStreamQuery(CUstream) { OK; }
-API cuStreamWaitEvent(CUstream, CUevent, unsigned) { OK; }
-API cuStreamIsCapturing(CUstream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; OK; }
 API cuEventCreate(CUevent *event, unsigned) { *event = reinterpret_cast<CUevent>(new char); OK; }
 API cuEventDestroy_v2(CUevent event) { delete reinterpret_cast<char *>(event); OK; }
-API cuEventRecord(CUevent, CUstream) { OK; }
+API cuEventRecord(CUevent, CUstream stream) { return refuse_in_capture(stream); }
 API cuEventSynchronize(CUevent) { OK; }
 
-API cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) { return allocate(address, bytes); }
-API cuMemFree_v2(CUdeviceptr address) { return release(address); }
-// Unlike the other, this one gives nothing gladly: candle asks for it for the shapes of scalars.
-API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream) {
-    *address = 0, counts.allocations++;
-    return bytes > 0 ? allocate(address, bytes) : CUDA_SUCCESS;
+API cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
+    const CUresult refused = refuse_while_capturing();
+    return refused ? refused : allocate(address, bytes);
 }
-API cuMemFreeAsync(CUdeviceptr address, CUstream) { return address ? release(address) : CUDA_SUCCESS; }
+API cuMemFree_v2(CUdeviceptr address) {
+    const CUresult refused = refuse_while_capturing();
+    return refused ? refused : release(address);
+}
+// Unlike the other, this one gives nothing gladly: candle asks for it for the shapes of scalars.
+API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
+    *address = 0;
+    return bytes > 0 ? allocate_in_order(address, bytes, stream) : CUDA_SUCCESS;
+}
+API cuMemFreeAsync(CUdeviceptr address, CUstream stream) { return address ? release_in_order(address, stream) : CUDA_SUCCESS; }
 API cuMemHostAlloc(void **address, size_t bytes, unsigned) { return allocate_host(address, bytes); }
 API cuMemFreeHost(void *address) { return release_host(address); }
 API cuMemGetInfo_v2(size_t *free, size_t *total) { *free = DEVICE_BYTES - used_bytes(), *total = DEVICE_BYTES; OK; }
@@ -145,20 +147,38 @@ API cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdevicept
     OK;
 }
 
-API cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t bytes) { return copy(pointer(to), from, bytes, true, false); }
-API cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t bytes) { return copy(to, pointer(from), bytes, false, true); }
-API cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream) { return copy(pointer(to), from, bytes, true, false); }
-API cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream) { return copy(to, pointer(from), bytes, false, true); }
-API cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream) { return copy(pointer(to), pointer(from), bytes, true, true); }
-API cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t bytes, CUstream) { return copy(pointer(to), pointer(from), bytes, true, true); }
-API cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream) {
+// Main memory may be gone when a graph is launched: a driver would capture these copies, and nobody should.
+API cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t bytes) {
+    const CUresult refused = refuse_while_capturing();
+    return refused ? refused : copy(pointer(to), from, bytes, true, false);
+}
+API cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t bytes) {
+    const CUresult refused = refuse_while_capturing();
+    return refused ? refused : copy(to, pointer(from), bytes, false, true);
+}
+API cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream) {
+    const CUresult refused = refuse_in_capture(stream);
+    return refused ? refused : copy(pointer(to), from, bytes, true, false);
+}
+API cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    const CUresult refused = refuse_in_capture(stream);
+    return refused ? refused : copy(to, pointer(from), bytes, false, true);
+}
+API cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    return ask(stream, [=] { return copy(pointer(to), pointer(from), bytes, true, true); });
+}
+API cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t bytes, CUstream stream) {
+    return ask(stream, [=] { return copy(pointer(to), pointer(from), bytes, true, true); });
+}
+API cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream) {
     if (bytes > 0 && !is_device(to, bytes)) return CUDA_ERROR_INVALID_VALUE;
-    counts.copies++;
-    memset(pointer(to), value, bytes);
-    OK;
+    return ask(stream, [=] { return counts.copies++, memset(pointer(to), value, bytes), CUDA_SUCCESS; });
 }
 
-API cuModuleLoadData(CUmodule *module, const void *image) { *module = reinterpret_cast<CUmodule>(new Module{static_cast<const char *>(image), {}}); OK; }
+API cuModuleLoadData(CUmodule *module, const void *image) {
+    *module = reinterpret_cast<CUmodule>(new Module{static_cast<const char *>(image), {}});
+    return refuse_while_capturing();
+}
 API cuModuleLoad(CUmodule *, const char *) { return CUDA_ERROR_FILE_NOT_FOUND; }
 API cuModuleUnload(CUmodule module) { delete reinterpret_cast<Module *>(module); OK; }
 API cuModuleGetFunction(CUfunction *function, CUmodule handle, const char *name) {
@@ -176,7 +196,10 @@ API cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int 
     OK;
 }
 API cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
-                   unsigned shared, CUstream, void **arguments, void **) {
-    counts.kernels++;
-    return launch({reinterpret_cast<Kernel *>(function), {grid_x, grid_y, grid_z}, {x, y, z}, shared, arguments});
+                   unsigned shared, CUstream stream, void **arguments, void **) {
+    const auto *kernel = reinterpret_cast<Kernel *>(function);
+    return ask(stream, [=, kept = kernel->keep(arguments)] {
+        counts.kernels++;
+        return launch({kernel, {grid_x, grid_y, grid_z}, {x, y, z}, shared, kept.get()});
+    });
 }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #pragma GCC visibility push(default)
@@ -13,15 +14,16 @@ namespace emulator {
 constexpr unsigned LANES = 32, MOST_THREADS = 1024;
 constexpr size_t SHARED_BY_DEFAULT = 48 << 10, MOST_SHARED = 227 << 10;
 
-// A kernel under its name, with what unpacks its arguments.
+// A kernel under its name, with what unpacks its arguments, and what copies them for later.
 struct Kernel {
     const char *name;
     void (*call)(void **arguments);
+    std::shared_ptr<void *> (*keep)(void **arguments);
     size_t shared_allowed = SHARED_BY_DEFAULT; // of dynamic shared memory, in bytes
     Kernel *next;
     static Kernel *first;
 
-    template <class... A> Kernel(const char *name, void (*)(A...), void (*call)(void **)) : name(name), call(call), next(first) {
+    template <class Caller> Kernel(const char *name, Caller) : name(name), call(Caller::call), keep(Caller::keep), next(first) {
         first = this;
     }
 };

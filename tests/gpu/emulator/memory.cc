@@ -46,8 +46,20 @@ void on_fault(int signal, siginfo_t *info, void *) {
     const auto address = reinterpret_cast<CUdeviceptr>(info->si_addr);
     auto found = below(allocations, address);
     if (found == allocations.end()) fail("memory at %p was touched, which is none of the device's", info->si_addr);
+    if (address < found->first + found->second) fail("memory at %p was touched before a graph allocates it or after it frees it", info->si_addr);
     fail("memory at %p was touched, %zd bytes behind the end of an allocation of %zu bytes, and in none", info->si_addr,
          (ssize_t)(address - found->first - found->second), found->second);
+}
+
+void check_margins(CUdeviceptr address, size_t bytes) {
+    char *memory = mapping(address, bytes), *data = reinterpret_cast<char *>(address);
+    auto untouched = [](const char *from, const char *to) { return std::all_of(from, to, [](char c) { return c == (char)0xff; }); };
+    if (bytes <= MOST_FILLED && !(untouched(memory + PAGE, data) && untouched(data + bytes, data + rounded(bytes, GRAIN))))
+        fail("a kernel has written beside an allocation of %zu bytes", bytes);
+}
+
+void protect(CUdeviceptr address, size_t bytes, int access) {
+    if (mprotect(mapping(address, bytes) + PAGE, rounded(bytes, PAGE), access)) fail("no memory left on this machine");
 }
 
 } // namespace
@@ -71,13 +83,23 @@ CUresult release(CUdeviceptr address) {
     auto found = allocations.find(address);
     if (found == allocations.end()) return CUDA_ERROR_INVALID_VALUE;
     const size_t bytes = found->second;
-    char *memory = mapping(address, bytes), *data = reinterpret_cast<char *>(address);
-    auto untouched = [](const char *from, const char *to) { return std::all_of(from, to, [](char c) { return c == (char)0xff; }); };
-    if (bytes <= MOST_FILLED && !(untouched(memory + PAGE, data) && untouched(data + bytes, data + rounded(bytes, GRAIN))))
-        fail("a kernel has written beside an allocation of %zu bytes", bytes);
-    munmap(memory, mapped(bytes));
+    check_margins(address, bytes);
+    munmap(mapping(address, bytes), mapped(bytes));
     allocations.erase(found), used -= bytes;
     return CUDA_SUCCESS;
+}
+
+void hide(CUdeviceptr address) {
+    std::lock_guard lock(mutex);
+    const size_t bytes = allocations.at(address);
+    check_margins(address, bytes);
+    protect(address, bytes, PROT_NONE);
+}
+void show(CUdeviceptr address) {
+    std::lock_guard lock(mutex);
+    const size_t bytes = allocations.at(address);
+    protect(address, bytes, PROT_READ | PROT_WRITE);
+    memset(mapping(address, bytes) + PAGE, 0xff, std::min(rounded(bytes, PAGE), MOST_FILLED));
 }
 
 size_t used_bytes() {

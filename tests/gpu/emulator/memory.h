@@ -9,6 +9,9 @@ constexpr size_t DEVICE_BYTES = 4ull << 30;
 // All bits set.
 CUresult allocate(CUdeviceptr *address, size_t bytes);
 CUresult release(CUdeviceptr address);
+// Whether kernels can reach an allocation; when it is shown again, all bits are set.
+void hide(CUdeviceptr address);
+void show(CUdeviceptr address);
 size_t used_bytes();
 // Whether these bytes are of one allocation.
 bool is_device(CUdeviceptr address, size_t bytes);

@@ -90,7 +90,8 @@ impl Objective {
         let mut random = Random::new(batch.dropout_seed, 0);
         let mut bits = || random.bits();
         let mut dropout = Dropout::new(self.dropout, &mut bits);
-        let queries = adapter.last_queries(&mut graph, &features, &rows.timesteps, &mut dropout)?;
+        let queries =
+            adapter.last_queries(&mut graph, &features, &adapter.sinusoids(&rows.timesteps)?, &mut dropout)?;
         // The rows of the grounding loss are the last.
         let pairs = rows.timesteps.len() - grounded.map_or(0, |(items, _, _)| items.len());
 

@@ -9,6 +9,7 @@ mod heads;
 mod norm;
 mod pointwise;
 mod rows;
+mod scale;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +33,7 @@ pub(super) use norm::{layer_norm, layer_norm_vjp};
 pub(super) use pointwise::{add, cat_channels, narrow_channels, upsample, upsample_vjp};
 pub use pointwise::{geglu, geglu_vjp};
 pub(super) use rows::{softmax, softmax_vjp};
+pub(super) use scale::{largest, scale, unscale};
 
 use crate::Result;
 

@@ -1,0 +1,75 @@
+//! Work that is asked for again and again with other numbers. On a GPU a step is hundreds of kernels, most of which take less time
+//! than launching them; as one CUDA graph they are launched together.
+
+mod askers;
+#[cfg(feature = "cuda")]
+mod graph;
+#[cfg(all(test, feature = "cuda"))]
+mod tests;
+
+use candle_core::Tensor;
+
+pub use askers::{Asking, asking};
+
+use crate::Error;
+
+/// On CUDA: work is done as it is the first time, captured as a graph the second, and from then on launched as that graph. Elsewhere
+/// it is done as it is every time.
+///
+/// Capturing takes in whatever is asked of the device's stream: threads that use it at the same time say so by [`asking`], and where
+/// others do, capturing is put off. A host that synchronizes its whole device in another thread at that moment would be refused by the
+/// driver: for such a host nothing should be captured.
+///
+/// What is captured does not fail to be done: where no graph can be made (memory for it may be short), work is done as it is from
+/// then on, and a warning is logged.
+pub struct Replay {
+    captures: bool,
+    #[cfg(feature = "cuda")]
+    state: graph::State,
+}
+
+/// How work is being done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// As it is.
+    Now,
+    /// To be launched later: nothing but tensor operations may happen.
+    Captured,
+}
+
+impl Replay {
+    /// Of nothing so far. Unless it `captures`, work is done as it is every time.
+    pub fn new(captures: bool) -> Self {
+        Self {
+            captures,
+            #[cfg(feature = "cuda")]
+            state: graph::State::default(),
+        }
+    }
+
+    /// Begins anew, for other work.
+    pub fn forget(&mut self) {
+        *self = Self::new(self.captures);
+    }
+
+    /// `work` of these inputs, its results copies of their own.
+    ///
+    /// It must depend on nothing but the inputs, and on tensors that stay what and where they are as long as this is used; and it
+    /// must not keep any tensor, read numbers back, or bring them from main memory, but for a first time. With inputs of other shapes or
+    /// dtypes it begins anew.
+    pub fn run<E: From<Error> + std::fmt::Display>(
+        &mut self,
+        inputs: &[&Tensor],
+        mut work: impl FnMut(&[Tensor], Pass) -> Result<Vec<Tensor>, E>,
+    ) -> Result<Vec<Tensor>, E> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = graph::device_of(inputs).filter(|_| self.captures) {
+            return self.state.run(&device, inputs, &mut work);
+        }
+        work(&owned(inputs), Pass::Now)
+    }
+}
+
+fn owned(inputs: &[&Tensor]) -> Vec<Tensor> {
+    inputs.iter().map(|input| (*input).clone()).collect()
+}

@@ -1,0 +1,145 @@
+//! They need a GPU, or the emulated driver.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Pass, Replay, asking};
+use crate::layers::finite_difference::{numbers, values};
+use crate::{Error, Result};
+
+fn cuda() -> Device {
+    crate::device("cuda").unwrap()
+}
+
+fn on_cuda(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::F32).unwrap().to_device(&cuda()).unwrap()
+}
+
+/// Products, sums of broadcast shapes, zeros: what uploads shapes, sets memory, and calls cuBLAS.
+fn work(inputs: &[Tensor], fixed: &Tensor) -> Result<Vec<Tensor>> {
+    let [x, by] = inputs else { unreachable!() };
+    let y = x.matmul(fixed)?.broadcast_mul(by)?;
+    let sum = (y.t()?.contiguous()? + y.zeros_like()?.t()?)?.sum_keepdim(0)?;
+    Ok(vec![y.broadcast_add(&sum.t()?)?, sum.max_all()?])
+}
+
+fn fixed() -> Tensor {
+    on_cuda(&values(9, (5, 6)))
+}
+
+fn inputs(seed: u64, rows: usize) -> [Tensor; 2] {
+    [on_cuda(&values(seed, (rows, 5))), on_cuda(&values(seed + 100, (rows, 1)))]
+}
+
+fn all(tensors: &[Tensor]) -> Vec<Vec<f64>> {
+    tensors
+        .iter()
+        .map(|tensor| numbers(&tensor.to_dtype(DType::F64).unwrap().to_device(&Device::Cpu).unwrap()))
+        .collect()
+}
+
+#[test]
+fn what_is_replayed_is_what_would_be_done() {
+    let (mut replay, fixed, mut passes) = (Replay::new(true), fixed(), Vec::new());
+    let mut kept = Vec::new();
+    for (seed, rows) in [(1, 4), (2, 4), (3, 4), (4, 4), (5, 7), (6, 7), (7, 7), (8, 4)] {
+        let inputs = inputs(seed, rows);
+        let found = replay.run(&[&inputs[0], &inputs[1]], |inputs, pass| {
+            passes.push(pass);
+            work(inputs, &fixed)
+        });
+        kept.push((found.unwrap(), work(&inputs, &fixed).unwrap()));
+    }
+    // Results are of their own: later passes left them as they were.
+    for (found, expected) in kept {
+        assert_eq!(all(&found), all(&expected));
+    }
+    use Pass::{Captured, Now};
+    assert_eq!(passes, [Now, Captured, Now, Captured, Now], "4 rows, then 7, then 4 again");
+}
+
+#[test]
+fn nothing_is_captured_unasked() {
+    let (mut replay, fixed, calls) = (Replay::new(false), fixed(), AtomicUsize::new(0));
+    for seed in 0..4 {
+        let inputs = inputs(seed, 4);
+        let results = replay.run(&[&inputs[0], &inputs[1]], |inputs, pass| {
+            calls.fetch_add(1, Ordering::Relaxed);
+            assert_eq!(pass, Pass::Now);
+            work(inputs, &fixed)
+        });
+        assert_eq!(all(&results.unwrap()), all(&work(&inputs, &fixed).unwrap()));
+    }
+    assert_eq!(calls.into_inner(), 4);
+}
+
+/// Numbers that are read back, an upload of others, a tensor from outside that is freed, an error of the work's own: the stream is as
+/// before, and the work is done as it is.
+#[test]
+fn what_cannot_be_captured_is_done_as_it_is() {
+    for what in ["reads numbers", "uploads", "frees", "fails"] {
+        let (mut replay, mut captures, mut other) = (Replay::new(true), 0, Some(inputs(9, 4)));
+        for seed in 0..5u8 {
+            let x = inputs(seed.into(), 4)[0].clone();
+            let found = replay.run(&[&x], |inputs, pass| {
+                captures += usize::from(pass == Pass::Captured);
+                let y = inputs[0].affine(2., 1.)?;
+                match what {
+                    "reads numbers" => drop(y.to_vec2::<f32>()?),
+                    "uploads" => drop(Tensor::from_vec(vec![seed; 20], 20, y.device())?),
+                    "frees" if pass == Pass::Captured => drop(other.take()),
+                    "fails" if pass == Pass::Captured => return Err(Error::Input("not now".into())),
+                    _ => {}
+                }
+                Ok(vec![y])
+            });
+            assert_eq!(all(&found.unwrap()), all(&[x.affine(2., 1.).unwrap()]), "{what}");
+        }
+        // The second time nothing is left to be freed, and it is captured.
+        assert_eq!(captures, 2, "{what}");
+    }
+}
+
+/// While another thread asks for work nothing is captured; it waits while something is.
+#[test]
+fn threads_that_ask_put_off_captures() {
+    let (mut replay, fixed, mut passes) = (Replay::new(true), fixed(), Vec::new());
+    let mut step = |seed| {
+        let inputs = inputs(seed, 4);
+        let results = replay.run(&[&inputs[0], &inputs[1]], |inputs, pass| {
+            passes.push(pass);
+            if pass == Pass::Captured {
+                let other = std::thread::spawn(|| {
+                    let _asking = asking();
+                    all(&[fixed_twice()])
+                });
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                assert!(!other.is_finished(), "it asked a stream that was being captured");
+            }
+            work(inputs, &fixed)
+        });
+        assert_eq!(all(&results.unwrap()), all(&work(&inputs, &fixed).unwrap()));
+    };
+    step(0);
+    std::thread::scope(|scope| {
+        let (begun, wait) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || {
+            let _asking = asking();
+            begun.send(()).unwrap();
+            ended.recv().unwrap();
+        });
+        wait.recv().unwrap();
+        step(1);
+        end.send(()).unwrap();
+    });
+    step(2);
+    step(3);
+    assert_eq!(passes, [Pass::Now, Pass::Now, Pass::Captured]);
+}
+
+fn fixed_twice() -> Tensor {
+    let fixed = fixed();
+    (&fixed + &fixed).unwrap()
+}
