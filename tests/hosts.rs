@@ -36,11 +36,28 @@ pub enum Fault {
     Cancel,
 }
 
+/// What a host was told.
+#[derive(Default)]
+pub struct Log(Mutex<Vec<(log::Level, String)>>);
+
+impl Log {
+    /// All of it, in order.
+    pub fn messages(&self) -> Vec<(log::Level, String)> {
+        self.0.lock().unwrap().clone()
+    }
+
+    fn add(&self, level: log::Level, message: &str) {
+        self.0.lock().unwrap().push((level, message.to_owned()));
+    }
+}
+
 /// A host without extensions.
 #[derive(Default)]
 pub struct Plain {
     /// Whether the user wants to stop.
     pub cancelled: AtomicBool,
+    /// What it was told.
+    pub log: Arc<Log>,
 }
 
 /// A [`Plain`] host that nobody cancels.
@@ -55,7 +72,9 @@ impl Host for Plain {
     fn version(&self) -> &str {
         "1"
     }
-    fn log(&self, _level: log::Level, _message: &str) {}
+    fn log(&self, level: log::Level, message: &str) {
+        self.log.add(level, message);
+    }
     fn cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }
@@ -69,6 +88,8 @@ pub struct Lender {
     fault: Mutex<Fault>,
     cancelled: AtomicBool,
     released: AtomicUsize,
+    /// What it was told.
+    pub log: Arc<Log>,
 }
 
 impl Lender {
@@ -84,6 +105,7 @@ impl Lender {
             fault: Mutex::new(Fault::None),
             cancelled: AtomicBool::default(),
             released: AtomicUsize::default(),
+            log: Arc::default(),
         }
     }
 
@@ -115,7 +137,9 @@ impl Host for Lender {
     fn version(&self) -> &str {
         "1"
     }
-    fn log(&self, _level: log::Level, _message: &str) {}
+    fn log(&self, level: log::Level, message: &str) {
+        self.log.add(level, message);
+    }
     fn cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }

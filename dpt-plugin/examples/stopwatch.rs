@@ -151,7 +151,9 @@ impl Stopwatch {
                 Ok::<_, dpt_plugin::Error>(vec![scores, gradient])
             })?;
             numbers(&results[1])?;
-            return Ok(started.elapsed().as_secs_f64());
+            let seconds = started.elapsed().as_secs_f64();
+            run.replay.outcome().transpose()?;
+            return Ok(seconds);
         }
         let z = z.to_dtype(DType::F32)?;
         let inputs = [&z, &unet.sinusoids(&times)?, &adapter.sinusoids(&times)?];
@@ -163,7 +165,9 @@ impl Stopwatch {
         })?;
         (&z + correction(&z, &results[0], 0.5, None)?)?;
         device.synchronize()?;
-        Ok(started.elapsed().as_secs_f64())
+        let seconds = started.elapsed().as_secs_f64();
+        run.replay.outcome().transpose()?;
+        Ok(seconds)
     }
 
     /// A run of `rows` texts.

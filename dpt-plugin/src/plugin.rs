@@ -221,13 +221,14 @@ impl DptPlugin {
 
         stop()?;
         batch.check_rows(TEXTS, &text.pooled)?;
-        let by = Scorer { adapter, text, pool, stop: &stop };
+        let by = Scorer { adapter, text: &mut *text, pool, stop: &stop };
         if !corrected {
             let scores = source.score(step, &mut batch, by)?;
             batch.set_scores(&scores)?;
             return batch.report(report);
         }
         let (scores, gradient) = source.score_and_gradient(step, &mut batch, by)?;
+        text.tell(host);
         batch.set_scores(&scores)?;
         batch.write(&gradient, &strength, latents, report)
     }
@@ -261,6 +262,7 @@ impl DptPlugin {
             return Ok(None);
         };
         let (scores, gradient) = replayed(&self.adapter, text, &self.pool, &features, &sinusoids)?;
+        text.tell(&self.host);
         batch.set_scores(&scores)?;
         batch.report(report)?;
         Ok(Some(tensor_views::lend(&batch.without_spoilt(&gradient)?.to_dtype(tensor_views::dtype(dtype))?)?))

@@ -69,6 +69,18 @@ impl Conditioning {
         Ok(Self { pooled, keys, replay: Replay::new(needs.graphs) })
     }
 
+    /// Tells the host's user what became of capturing steps.
+    pub(crate) fn tell(&mut self, host: &HostHandle) {
+        match self.replay.outcome() {
+            None => {}
+            Some(Ok(())) => host.log(log::Level::Debug, "from now on a step's kernels are launched as one CUDA graph"),
+            Some(Err(error)) => {
+                let message = "a step's kernels are launched one by one, which takes longer: no CUDA graph was made";
+                host.log(log::Level::Warn, &format!("{message}: {error}"));
+            }
+        }
+    }
+
     /// Keys and values for the weights as they are now.
     pub(crate) fn keys(&mut self, unet: &UNet) -> Result<&TextKeys> {
         self.parts(unet).map(|(_, keys, _)| keys)

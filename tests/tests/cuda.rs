@@ -10,6 +10,8 @@ run_on_the_device! {
     gradient_sources unet_precision unet_lora plugin_correction plugin_lora sampling training
 }
 
+#[path = "cuda/graphs.rs"]
+mod graphs;
 #[path = "cuda/memory.rs"]
 mod memory;
 #[path = "cuda/views.rs"]

@@ -94,6 +94,7 @@ impl State {
         device: &CudaDevice,
         inputs: &[&Tensor],
         work: &mut Work<'_, E>,
+        outcome: &mut Option<Result<()>>,
     ) -> std::result::Result<Vec<Tensor>, E> {
         if matches!(self, Self::Refused) {
             return work(&owned(inputs), Pass::Now);
@@ -109,16 +110,14 @@ impl State {
                 None => {}
                 Some(Ok((captured, results))) => {
                     *self = Self::Captured(captured);
+                    *outcome = Some(Ok(()));
                     return Ok(results);
                 }
                 Some(Err(error)) => {
                     *failures += 1;
-                    log::debug!("a CUDA graph was not made: {error}");
                     if *failures == ATTEMPTS {
-                        log::warn!(
-                            "kernels are launched one by one, which takes longer: no CUDA graph was made: {error}"
-                        );
                         *self = Self::Refused;
+                        *outcome = Some(Err(error));
                     }
                 }
             }

@@ -7,11 +7,13 @@ mod graph;
 #[cfg(all(test, feature = "cuda"))]
 mod tests;
 
+use std::fmt::Display;
+
 use candle_core::Tensor;
 
 pub use askers::{Asking, asking};
 
-use crate::Error;
+use crate::{Error, Result};
 
 /// On CUDA: work is done as it is the first time, captured as a graph the second, and from then on launched as that graph. Elsewhere
 /// it is done as it is every time.
@@ -20,10 +22,10 @@ use crate::Error;
 /// others do, capturing is put off. A host that synchronizes its whole device in another thread at that moment would be refused by the
 /// driver: for such a host nothing should be captured.
 ///
-/// What is captured does not fail to be done: where no graph can be made (memory for it may be short), work is done as it is from
-/// then on, and a warning is logged.
+/// Where no graph can be made (memory for it may be short), work is done as it is from then on, and [`Replay::outcome`] tells why.
 pub struct Replay {
     captures: bool,
+    outcome: Option<Result<()>>,
     #[cfg(feature = "cuda")]
     state: graph::State,
 }
@@ -42,6 +44,7 @@ impl Replay {
     pub fn new(captures: bool) -> Self {
         Self {
             captures,
+            outcome: None,
             #[cfg(feature = "cuda")]
             state: graph::State::default(),
         }
@@ -52,19 +55,25 @@ impl Replay {
         *self = Self::new(self.captures);
     }
 
+    /// That a graph was made, or why none will be; once.
+    pub fn outcome(&mut self) -> Option<Result<()>> {
+        self.outcome.take()
+    }
+
     /// `work` of these inputs, its results copies of their own.
     ///
     /// It must depend on nothing but the inputs, and on tensors that stay what and where they are as long as this is used; and it
     /// must not keep any tensor, read numbers back, or bring them from main memory, but for a first time. With inputs of other shapes or
     /// dtypes it begins anew.
-    pub fn run<E: From<Error> + std::fmt::Display>(
+    pub fn run<E: From<Error> + Display>(
         &mut self,
         inputs: &[&Tensor],
-        mut work: impl FnMut(&[Tensor], Pass) -> Result<Vec<Tensor>, E>,
-    ) -> Result<Vec<Tensor>, E> {
+        mut work: impl FnMut(&[Tensor], Pass) -> std::result::Result<Vec<Tensor>, E>,
+    ) -> std::result::Result<Vec<Tensor>, E> {
         #[cfg(feature = "cuda")]
         if let Some(device) = graph::device_of(inputs).filter(|_| self.captures) {
-            return self.state.run(&device, inputs, &mut work);
+            let Self { state, outcome, .. } = self;
+            return state.run(&device, inputs, &mut work, outcome);
         }
         work(&owned(inputs), Pass::Now)
     }
