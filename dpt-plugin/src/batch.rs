@@ -7,56 +7,49 @@ use candle_core::{DType, Device, Tensor};
 use host_api::plugin::Latents;
 use host_api::{Report, Status};
 
-use crate::params::Strength;
-use crate::{Error, Result, correction, norms};
+use crate::correct::correction_by;
+use crate::{Error, Result, norms};
+
+/// What must be finite, in the order of the rows of [`Batch::scored`].
+const LOOKED_AT: [&str; 3] = ["the latents", "pooled texts", "the U-Net's features"];
 
 /// A step's latents `[B, C, h, w]`, fit to be evaluated: those of spoilt items are zero.
 pub(crate) struct Batch {
-    /// As the host passed them, in f64.
+    /// As the host passed them.
     latents: Tensor,
     /// In VP space, in f32.
     values: Tensor,
     /// c in `x = z / c`, `[1]`: latents in the host's space times it are in VP space.
     scale: Tensor,
-    /// NaN for items whose latents, text or features are not finite, 0 for the others: `[B]`.
+    /// NaN for items that are not finite in anything that was looked at, 0 for the others: `[B]`.
     spoilt: Tensor,
-    /// The same for each that was looked at, with what is wrong when no item is left.
-    checks: Vec<(String, Tensor)>,
-    /// `[B]`.
-    scores: Option<Tensor>,
+    /// The same for each of [`LOOKED_AT`].
+    found: [Tensor; LOOKED_AT.len()],
 }
 
 /// 0 for the rows of `[B, ..]` that are finite and NaN for others, `[B]`, in f64.
-pub(crate) fn rows(numbers: &Tensor) -> Result<Tensor> {
+fn rows(numbers: &Tensor) -> Result<Tensor> {
     Ok((numbers.flatten_from(1)? * 0.)?.sum(1)?.to_dtype(DType::F64)?)
 }
 
-/// `numbers` `[B, ..]` with zeros for the items that are NaN in `spoilt` `[B]`, so that theirs cannot reach the others.
-pub(crate) fn without_spoilt(spoilt: &Tensor, numbers: &Tensor) -> Result<Tensor> {
-    let mut rows = vec![1; numbers.rank()];
-    rows[0] = numbers.dim(0)?;
-    let fine = spoilt.eq(spoilt)?.reshape(rows)?.broadcast_as(numbers.shape())?;
-    Ok(fine.where_cond(numbers, &numbers.zeros_like()?)?)
-}
-
 impl Batch {
-    /// `scale` brings the host's latents to VP space. An empty batch never comes here.
-    pub(crate) fn read(latents: &Latents, scale: f64, device: &Device) -> Result<Self> {
-        let latents = tensor_views::read(&latents.view(), device)?.to_dtype(DType::F64)?;
-        let scale = Tensor::new(&[scale], device)?;
-        let spoilt = rows(&latents)?.zeros_like()?;
-        let values = latents.broadcast_mul(&scale)?.to_dtype(DType::F32)?;
-        let mut batch = Self { latents, values, scale, spoilt, checks: Vec::new(), scores: None };
-        batch.check("the latents hold NaN or infinity in every item".into(), rows(&batch.latents)?)?;
+    /// `scale` `[1]`, in f64, brings the host's latents to VP space. An empty batch never comes here.
+    pub(crate) fn new(latents: &Tensor, scale: &Tensor) -> Result<Self> {
+        let wide = latents.to_dtype(DType::F64)?;
+        let spoilt = Tensor::zeros(latents.dim(0)?, DType::F64, latents.device())?;
+        let found = [spoilt.clone(), spoilt.clone(), spoilt.clone()];
+        let values = wide.broadcast_mul(scale)?.to_dtype(DType::F32)?;
+        let mut batch = Self { latents: latents.clone(), values, scale: scale.clone(), spoilt, found };
+        batch.check(0, &wide)?;
         batch.values = batch.without_spoilt(&batch.values)?;
         Ok(batch)
     }
 
-    /// A batch of which only rows of features and text are looked at.
+    /// A batch of which only features and text are looked at.
     pub(crate) fn without_latents(items: usize, device: &Device) -> Result<Self> {
         let none = Tensor::zeros(items, DType::F64, device)?;
         let (latents, values, scale) = (none.clone(), none.clone(), none.clone());
-        Ok(Self { latents, values, scale, spoilt: none, checks: Vec::new(), scores: None })
+        Ok(Self { latents, values, scale, spoilt: none.clone(), found: [none.clone(), none.clone(), none] })
     }
 
     /// All items, in VP space.
@@ -69,106 +62,113 @@ impl Batch {
         Ok(self.spoilt.dim(0)?)
     }
 
-    /// NaN for items that were found spoilt so far, 0 for the others: `[B]`.
-    pub(crate) fn spoilt(&self) -> &Tensor {
-        &self.spoilt
-    }
-
-    /// Takes out the items that are NaN in `found`. Fails with `message` when nothing is left to correct: at once where looking
-    /// costs nothing, else when the report is fetched.
-    fn check(&mut self, message: String, found: Tensor) -> Result<()> {
+    /// Takes out the items whose row of `numbers` `[B, ..]` is not finite. Fails when nothing is left to correct: at once where looking
+    /// costs nothing, else when the report is made.
+    fn check(&mut self, which: usize, numbers: &Tensor) -> Result<()> {
+        let found = rows(numbers)?;
         self.spoilt = (&self.spoilt + &found)?;
-        let wrong = found.device().is_cpu() && self.spoilt.to_vec1::<f64>()?.iter().all(|item| item.is_nan());
-        if wrong {
-            return Err(Error::NonFinite(message));
+        if found.device().is_cpu() && self.spoilt.to_vec1::<f64>()?.iter().all(|item| item.is_nan()) {
+            return Err(nothing_left(which));
         }
-        self.checks.push((message, found));
+        self.found[which] = found;
         Ok(())
     }
 
-    /// Takes out the items whose row of `numbers` `[B, ..]` is not finite. Asked of features and text themselves, because
-    /// the adapter's ReLU makes 0 of NaN and a score that looks like any other.
-    pub(crate) fn check_rows(&mut self, what: &str, numbers: &Tensor) -> Result<()> {
-        self.check_found(what, &rows(numbers)?)
+    /// Takes out the items whose pooled text `[B, p]` is not finite: the adapter's ReLU makes 0 of NaN, and a score that looks like any
+    /// other.
+    pub(crate) fn check_texts(&mut self, pooled: &Tensor) -> Result<()> {
+        self.check(1, pooled)
     }
 
-    /// The same of numbers whose [`rows`] were looked at.
-    pub(crate) fn check_found(&mut self, what: &str, found: &Tensor) -> Result<()> {
-        self.check(format!("{what} hold NaN or infinity for every item"), found.clone())
+    /// The same of features `[B, C, h, w]`.
+    pub(crate) fn check_features(&mut self, features: &Tensor) -> Result<()> {
+        self.check(2, features)
     }
 
-    /// [`without_spoilt`] of the items found so far.
+    /// `numbers` `[B, ..]` with zeros for spoilt items, so that theirs cannot reach the others.
     pub(crate) fn without_spoilt(&self, numbers: &Tensor) -> Result<Tensor> {
-        without_spoilt(&self.spoilt, numbers)
+        let mut rows = vec![1; numbers.rank()];
+        rows[0] = numbers.dim(0)?;
+        let fine = self.spoilt.eq(&self.spoilt)?.reshape(rows)?.broadcast_as(numbers.shape())?;
+        Ok(fine.where_cond(numbers, &numbers.zeros_like()?)?)
     }
 
-    /// The items' scores `[B]`, to be reported.
-    pub(crate) fn set_scores(&mut self, scores: &Tensor) -> Result<()> {
-        self.scores = Some(scores.to_dtype(DType::F64)?);
-        Ok(())
+    /// What a report says of scores `[B]`, for [`settle`].
+    pub(crate) fn scored(&self, scores: &Tensor) -> Result<Tensor> {
+        self.reported(scores, [])
     }
 
-    /// Waits for the device, and reports spoilt items and scores. Returns `more`, `[B]` each, with the items that are not spoilt.
-    fn settle(&self, more: &[Tensor], report: &mut Report) -> Result<(Vec<bool>, Vec<Vec<f64>>)> {
-        let checks = self.checks.iter().map(|(_, found)| found);
-        let all: Vec<&Tensor> = checks.chain(&self.scores).chain(more).collect();
-        let mut all = Tensor::stack(&all, 0)?.to_vec2::<f64>()?.into_iter();
-        let mut fine = vec![true; report.items.len()];
-        for ((message, _), found) in self.checks.iter().zip(all.by_ref()) {
-            for (index, _) in found.iter().enumerate().filter(|(_, found)| found.is_nan()) {
-                fine[index] = false;
-                report.items[index].status = Status::NonFinite;
-            }
-            if !fine.contains(&true) {
-                return Err(Error::NonFinite(message.clone()));
-            }
-        }
-        if self.scores.is_some() {
-            let scores = all.next().expect("stacked above");
-            for ((item, score), _) in report.items.iter_mut().zip(scores).zip(&fine).filter(|(_, fine)| **fine) {
-                item.score = score as f32;
-            }
-        }
-        Ok((fine, all.collect()))
-    }
-
-    /// Reports scores that no correction follows.
-    pub(crate) fn report(&self, report: &mut Report) -> Result<()> {
-        self.settle(&[], report).map(drop)
-    }
-
-    /// Writes `x + eta ds/dz / scale`: the VP correction in the host's space. `gradient` is ds/dz in f32.
-    pub(crate) fn write(
+    /// `x + eta ds/dz / scale`, the VP correction in the host's space and dtype, and what a report says of it, for [`write`]. `gradient`
+    /// is ds/dz in f32, `eta` `[1]` in f64.
+    pub(crate) fn corrected(
         &self,
+        scores: &Tensor,
         gradient: &Tensor,
-        strength: &Strength,
-        latents: &mut Latents,
-        report: &mut Report,
-    ) -> Result<()> {
-        let added = correction(&self.values, gradient, strength.eta, strength.bound)?;
-        let corrected = (&self.latents + added.to_dtype(DType::F64)?.broadcast_div(&self.scale)?)?;
-        let corrected = corrected.to_dtype(DType::F32)?.to_dtype(tensor_views::dtype(latents.dtype()))?;
+        eta: &Tensor,
+        bound: Option<f64>,
+    ) -> Result<(Tensor, Tensor)> {
+        let added = correction_by(&self.values, gradient, eta, bound)?;
+        let corrected = added.to_dtype(DType::F64)?.broadcast_div(&self.scale)?;
+        let corrected = (self.latents.to_dtype(DType::F64)? + corrected)?.to_dtype(DType::F32)?;
+        let corrected = corrected.to_dtype(self.latents.dtype())?;
         let finite = rows(&corrected.to_dtype(DType::F32)?)?;
-        let (fine, more) = self.settle(&[norms(gradient)?, norms(&added)?, finite], report)?;
-        let [sizes, lengths, finite] = &more[..] else { unreachable!("three were asked for") };
-        let mut failed = None;
-        for index in (0..fine.len()).filter(|index| fine[*index]) {
-            let entry = &mut report.items[index];
-            entry.gradient_norm = sizes[index] as f32;
-            let wrong = if !sizes[index].is_finite() {
-                format!("item {index}: the score's gradient holds NaN or infinity")
-            } else if finite[index].is_nan() {
-                format!("item {index} would hold numbers that are not finite in {:?}", latents.dtype())
-            } else {
-                entry.correction_norm = lengths[index] as f32;
-                continue;
-            };
-            entry.status = Status::NonFinite;
-            failed = Some(Error::NonFinite(wrong));
+        let report = self.reported(scores, [norms(gradient)?, norms(&added)?, finite])?;
+        Ok((corrected, report))
+    }
+
+    /// Rows `[.., B]` in f64: what was looked at, the scores, and more.
+    fn reported<const N: usize>(&self, scores: &Tensor, more: [Tensor; N]) -> Result<Tensor> {
+        let scores = scores.to_dtype(DType::F64)?;
+        let all: Vec<&Tensor> = self.found.iter().chain([&scores]).chain(&more).collect();
+        Ok(Tensor::stack(&all, 0)?)
+    }
+}
+
+fn nothing_left(which: usize) -> Error {
+    Error::NonFinite(format!("{} hold NaN or infinity for every item", LOOKED_AT[which]))
+}
+
+/// Waits for the device, and reports spoilt items and scores. Returns the items that are not spoilt, and the rows that follow.
+pub(crate) fn settle(numbers: &Tensor, report: &mut Report) -> Result<(Vec<bool>, Vec<Vec<f64>>)> {
+    let mut numbers = numbers.to_vec2::<f64>()?.into_iter();
+    let mut fine = vec![true; report.items.len()];
+    for (which, found) in numbers.by_ref().take(LOOKED_AT.len()).enumerate() {
+        for (index, _) in found.iter().enumerate().filter(|(_, found)| found.is_nan()) {
+            fine[index] = false;
+            report.items[index].status = Status::NonFinite;
         }
-        match failed {
-            Some(error) if report.items.iter().all(|item| item.status != Status::Ok) => Err(error),
-            _ => Ok(latents.write(tensor_views::lend(&corrected)?)?),
+        if !fine.contains(&true) {
+            return Err(nothing_left(which));
         }
+    }
+    let scores = numbers.next().expect("after what was looked at");
+    for ((item, score), _) in report.items.iter_mut().zip(scores).zip(&fine).filter(|(_, fine)| **fine) {
+        item.score = score as f32;
+    }
+    Ok((fine, numbers.collect()))
+}
+
+/// Reports on what [`Batch::corrected`] made, and writes it.
+pub(crate) fn write((corrected, numbers): &(Tensor, Tensor), latents: &mut Latents, report: &mut Report) -> Result<()> {
+    let (fine, more) = settle(numbers, report)?;
+    let [sizes, lengths, finite] = &more[..] else { unreachable!("three follow the scores") };
+    let mut failed = None;
+    for index in (0..fine.len()).filter(|index| fine[*index]) {
+        let entry = &mut report.items[index];
+        entry.gradient_norm = sizes[index] as f32;
+        let wrong = if !sizes[index].is_finite() {
+            format!("item {index}: the score's gradient holds NaN or infinity")
+        } else if finite[index].is_nan() {
+            format!("item {index} would hold numbers that are not finite in {:?}", latents.dtype())
+        } else {
+            entry.correction_norm = lengths[index] as f32;
+            continue;
+        };
+        entry.status = Status::NonFinite;
+        failed = Some(Error::NonFinite(wrong));
+    }
+    match failed {
+        Some(error) if report.items.iter().all(|item| item.status != Status::Ok) => Err(error),
+        _ => Ok(latents.write(tensor_views::lend(corrected)?)?),
     }
 }

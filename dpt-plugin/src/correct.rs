@@ -5,9 +5,14 @@ use crate::Result;
 /// Eq. 9, `z_t <- z_t + eta ds/dz_t`: what is added to each item's latents `[B, ..]`, in f32. With a `bound`, an item's correction
 /// is shortened to at most `bound` times its latents' norm. All in variance-preserving space.
 pub fn correction(latents: &Tensor, gradient: &Tensor, eta: f64, bound: Option<f64>) -> Result<Tensor> {
-    let mut etas = Tensor::full(eta, gradient.dim(0)?, gradient.device())?;
+    correction_by(latents, gradient, &Tensor::new(&[eta], gradient.device())?, bound)
+}
+
+/// The same by an `eta` `[1]` in f64 that is where the gradient is.
+pub(crate) fn correction_by(latents: &Tensor, gradient: &Tensor, eta: &Tensor, bound: Option<f64>) -> Result<Tensor> {
+    let mut etas = eta.broadcast_as(gradient.dim(0)?)?.contiguous()?;
     if let Some(bound) = bound {
-        let (size, limit) = ((norms(gradient)? * eta.abs())?, (norms(latents)? * bound)?);
+        let (size, limit) = ((norms(gradient)? * etas.abs()?)?, (norms(latents)? * bound)?);
         etas = size.gt(&limit)?.where_cond(&(etas.clone() * (limit / size)?)?, &etas)?;
     }
     let mut rows = vec![1; gradient.rank()];

@@ -2,20 +2,20 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use diffusion::lora::LoraFile;
 use diffusion::{LoraEntry, TextModel};
 use host_api::plugin::{HostHandle, Latents, Lora, Params, Plugin};
 use host_api::{Descriptor, DeviceMemory, Dtype, Lent, Model, Needs, Outcome, Report, Run, Space, Step, View};
 use tensor_views::Held;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, settle, write};
 use crate::config::{Config, GradientSource};
 use crate::fit::{Fitting, Prepared, gradient_source};
 use crate::params::{Strength, params};
 use crate::pool::Pool;
 use crate::score::score;
-use crate::source::{FEATURES, Scorer, Source, check_features, replayed};
+use crate::source::{Correction, Scorer, Source, check_features, replayed};
 use crate::text::{Conditioning, TextRequirements};
 use crate::{Adapter, Error, Result, checkpoint, lora};
 
@@ -120,9 +120,7 @@ impl Plugin for DptPlugin {
         let strength = Strength::read(&self.params)?;
         report.outcome = strength.outcome(step);
         if report.outcome == Outcome::Corrected {
-            let scale = space_scale(step);
-            let gradient = tensor_views::read(gradient, &self.device)?.to_dtype(DType::F32).map_err(Error::from)?;
-            Batch::read(latents, scale, &self.device)?.write(&gradient, &strength, latents, report)?;
+            self.apply_gradient(step, latents, gradient, &strength, report)?;
         }
         Ok(())
     }
@@ -210,27 +208,29 @@ impl DptPlugin {
             return Ok(());
         }
         self.check_step(step, latents)?;
-        let (scale, shape) = (space_scale(step), latents.shape());
-        let mut batch = Batch::read(latents, scale, &self.device)?;
+        let items = latents.shape()[0];
+        let values = tensor_views::read(&latents.view(), &self.device)?;
+        let scale = Tensor::new(&[space_scale(step)], &self.device)?;
         self.prepared_mut().source.refresh()?;
-        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, shape[0])).transpose()?;
-        let Self { host, pool, adapter, prepared, conditioning, .. } = self;
+        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
+        let Self { host, pool, adapter, prepared, conditioning, device, .. } = self;
         let source = &mut prepared.as_mut().expect("prepare precedes step").source;
         let text = own_text.as_mut().or(conditioning.as_mut()).expect("begin precedes step");
         let stop = || if host.cancelled() { Err(Error::Cancelled) } else { Ok(()) };
 
         stop()?;
-        batch.check_rows(TEXTS, &text.pooled)?;
         let by = Scorer { adapter, text: &mut *text, pool, stop: &stop };
         if !corrected {
-            let scores = source.score(step, &mut batch, by)?;
-            batch.set_scores(&scores)?;
-            return batch.report(report);
+            let mut batch = Batch::new(&values, &scale)?;
+            batch.check_texts(&by.text.pooled)?;
+            let numbers = source.score(step, batch, by)?;
+            return settle(&numbers, report).map(drop);
         }
-        let (scores, gradient) = source.score_and_gradient(step, &mut batch, by)?;
+        let eta = Tensor::new(&[strength.eta], device)?;
+        let correction = Correction { step, latents: values, scale, eta, bound: strength.bound };
+        let corrected = source.correct(&correction, by)?;
         text.tell(host);
-        batch.set_scores(&scores)?;
-        batch.write(&gradient, &strength, latents, report)
+        write(&corrected, latents, report)
     }
 
     /// The first half of a step on features that the host computed.
@@ -252,20 +252,35 @@ impl DptPlugin {
         let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
         let text = own_text.as_mut().or(self.conditioning.as_mut()).expect("begin precedes step");
         let mut batch = Batch::without_latents(items, self.adapter.device())?;
-        batch.check_rows(FEATURES, &features)?;
-        batch.check_rows(TEXTS, &text.pooled)?;
+        batch.check_features(&features)?;
+        batch.check_texts(&text.pooled)?;
         let sinusoids = self.adapter.sinusoids(&vec![step.timestep; items])?;
         let Some(dtype) = cotangent.filter(|_| corrected) else {
             let scores = self.pool.run(|| score(&self.adapter, &features, &sinusoids, &text.pooled))?;
-            batch.set_scores(&scores)?;
-            batch.report(report)?;
+            settle(&batch.scored(&scores)?, report)?;
             return Ok(None);
         };
         let (scores, gradient) = replayed(&self.adapter, text, &self.pool, &features, &sinusoids)?;
         text.tell(&self.host);
-        batch.set_scores(&scores)?;
-        batch.report(report)?;
+        settle(&batch.scored(&scores)?, report)?;
         Ok(Some(tensor_views::lend(&batch.without_spoilt(&gradient)?.to_dtype(tensor_views::dtype(dtype))?)?))
+    }
+
+    /// The second half.
+    fn apply_gradient(
+        &self,
+        step: &Step,
+        latents: &mut Latents,
+        gradient: &View,
+        strength: &Strength,
+        report: &mut Report,
+    ) -> Result<()> {
+        let number = |value| Tensor::new(&[value], &self.device);
+        let gradient = tensor_views::read(gradient, &self.device)?.to_dtype(DType::F32)?;
+        let batch = Batch::new(&tensor_views::read(&latents.view(), &self.device)?, &number(space_scale(step))?)?;
+        // Those of the first half were reported by it.
+        let scores = Tensor::full(f32::NAN, batch.items()?, &self.device)?;
+        write(&batch.corrected(&scores, &gradient, &number(strength.eta)?, strength.bound)?, latents, report)
     }
 
     fn check_step(&self, step: &Step, latents: &Latents) -> Result<()> {
@@ -285,8 +300,6 @@ impl DptPlugin {
         Ok(())
     }
 }
-
-const TEXTS: &str = "pooled texts";
 
 /// A device or dtype that nobody knows; one that this build lacks is another error.
 fn unknown_name(error: diffusion::Error) -> Error {

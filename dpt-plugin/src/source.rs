@@ -6,7 +6,7 @@ use diffusion::{Pass, Tap, UNet};
 use host_api::plugin::HostGradient;
 use host_api::{Step, View, ViewMut};
 
-use crate::batch::{Batch, rows, without_spoilt};
+use crate::batch::Batch;
 use crate::borrowed::BorrowedWeights;
 use crate::pool::Pool;
 use crate::score::{score, score_and_gradient};
@@ -47,6 +47,18 @@ pub(crate) struct Scorer<'a> {
     pub(crate) stop: &'a dyn Fn() -> Result<()>,
 }
 
+/// A step's latents, and how they are corrected (Eq. 9).
+pub(crate) struct Correction<'a> {
+    pub(crate) step: &'a Step<'a>,
+    /// `[B, C, h, w]` as the host passed them, where the model computes.
+    pub(crate) latents: Tensor,
+    /// What brings them to VP space, `[1]`, in f64.
+    pub(crate) scale: Tensor,
+    /// `[1]`, in f64.
+    pub(crate) eta: Tensor,
+    pub(crate) bound: Option<f64>,
+}
+
 impl OwnUNet {
     /// Follows the host's weights where they are the host's.
     fn refresh(&mut self) -> Result<()> {
@@ -66,13 +78,13 @@ impl Source {
         }
     }
 
-    /// The scores `[B]` of a batch's latents.
-    pub(crate) fn score(&mut self, step: &Step, batch: &mut Batch, by: Scorer) -> Result<Tensor> {
+    /// What a report says of the scores of a batch's latents, as [`Batch::scored`].
+    pub(crate) fn score(&mut self, step: &Step, mut batch: Batch, by: Scorer) -> Result<Tensor> {
         let Scorer { adapter, text, pool, stop } = by;
         let times = vec![step.timestep; batch.items()?];
         let features = match self {
             Source::Host(host) => {
-                let features = host.features(step, batch, adapter);
+                let features = host.features(step, &batch, adapter);
                 host.gradient.release();
                 features?
             }
@@ -83,21 +95,18 @@ impl Source {
             Source::Split => return Err(split()),
         };
         check_features(&features, adapter, times.len())?;
-        batch.check_rows(FEATURES, &features)?;
+        batch.check_features(&features)?;
         stop()?;
-        pool.run(|| score(adapter, &features, &adapter.sinusoids(&times)?, &text.pooled))
+        let scores = pool.run(|| score(adapter, &features, &adapter.sinusoids(&times)?, &text.pooled))?;
+        batch.scored(&scores)
     }
 
-    /// The scores `[B]` of a batch's latents, and the gradient of each item's score for them, `[B, C, h, w]`, in f32.
-    pub(crate) fn score_and_gradient(
-        &mut self,
-        step: &Step,
-        batch: &mut Batch,
-        by: Scorer,
-    ) -> Result<(Tensor, Tensor)> {
+    /// Latents `[B, C, h, w]` in the host's space and dtype, where the model computes, corrected, and what a report says of that: as
+    /// [`Batch::corrected`].
+    pub(crate) fn correct(&mut self, correction: &Correction, by: Scorer) -> Result<(Tensor, Tensor)> {
         match self {
-            Source::Host(host) => host.score_and_gradient(step, batch, by),
-            Source::Own(own) => own.score_and_gradient(step, batch, by),
+            Source::Host(host) => host.correct(correction, by),
+            Source::Own(own) => own.correct(correction, by),
             Source::Split => Err(split()),
         }
     }
@@ -109,8 +118,6 @@ impl Source {
         }
     }
 }
-
-pub(crate) const FEATURES: &str = "the U-Net's features";
 
 fn split() -> Error {
     Error::Unsupported(
@@ -127,11 +134,14 @@ impl Lender {
         Ok(self.gradient.features(step, &latents.view(), &adapter.sizes().tap, read)?.to_dtype(DType::F32)?)
     }
 
-    fn score_and_gradient(&mut self, step: &Step, batch: &mut Batch, by: Scorer) -> Result<(Tensor, Tensor)> {
+    fn correct(&mut self, correction: &Correction, by: Scorer) -> Result<(Tensor, Tensor)> {
+        let Correction { step, latents, scale, eta, bound } = correction;
         let Scorer { adapter, text, pool, stop } = by;
-        let features = self.features(step, batch, adapter)?;
+        let mut batch = Batch::new(latents, scale)?;
+        batch.check_texts(&text.pooled)?;
+        let features = self.features(step, &batch, adapter)?;
         check_features(&features, adapter, batch.items()?)?;
-        batch.check_rows(FEATURES, &features)?;
+        batch.check_features(&features)?;
         stop()?;
         let sinusoids = adapter.sinusoids(&vec![step.timestep; batch.items()?])?;
         let (scores, cotangent) = replayed(adapter, text, pool, &features, &sinusoids)?;
@@ -139,35 +149,39 @@ impl Lender {
         stop()?;
         let lent = tensor_views::lend(&cotangent.to_device(&self.device)?)?;
         let write = |gradient: &mut ViewMut<'_>| self.gradient.vjp(&lent.view(), gradient);
-        let gradient = tensor_views::fill(batch.values().dims(), &self.device, write)?.to_device(cotangent.device())?;
-        Ok((scores, gradient))
+        let gradient = tensor_views::fill(latents.dims(), &self.device, write)?.to_device(latents.device())?;
+        batch.corrected(&scores, &gradient, eta, *bound)
     }
 }
 
 impl OwnUNet {
-    fn score_and_gradient(&self, step: &Step, batch: &mut Batch, by: Scorer) -> Result<(Tensor, Tensor)> {
+    /// All of it can be replayed.
+    fn correct(&self, correction: &Correction, by: Scorer) -> Result<(Tensor, Tensor)> {
+        let Correction { step, latents, scale, eta, bound } = correction;
         let Scorer { adapter, text, pool, stop } = by;
-        let (pooled, keys, replay) = text.parts(&self.unet)?;
-        let times = vec![step.timestep; batch.items()?];
+        let (pooled, keys, replay) = text.replayed(&self.unet, *bound)?;
+        let times = vec![step.timestep; latents.dim(0)?];
         let (own_times, adapters_times) = (self.unet.sinusoids(&times)?, adapter.sinusoids(&times)?);
-        let inputs = [batch.values(), &own_times, &adapters_times, batch.spoilt()];
-        let results = replay.run(&inputs, |inputs, pass| {
-            let [latents, own_times, adapters_times, spoilt] = inputs else { unreachable!("as many as above") };
+        let inputs = [latents, scale, eta, &own_times, &adapters_times];
+        let mut results = replay.run(&inputs, |inputs, pass| {
+            let [latents, scale, eta, own_times, adapters_times] = inputs else { unreachable!("as many as above") };
             let stop = || if pass == Pass::Now { stop() } else { Ok(()) };
-            let (features, tape) = pool.run(|| self.unet.forward_to_at(latents, own_times, keys, self.tap))?;
+            let mut batch = Batch::new(latents, scale)?;
+            batch.check_texts(pooled)?;
+            let (features, tape) = pool.run(|| self.unet.forward_to_at(batch.values(), own_times, keys, self.tap))?;
             let features = features.to_dtype(DType::F32)?;
             check_features(&features, adapter, times.len())?;
-            let found = rows(&features)?;
+            batch.check_features(&features)?;
             stop()?;
             let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, &features, adapters_times, pooled))?;
-            let cotangent = without_spoilt(&(spoilt + &found)?, &cotangent)?;
+            let cotangent = batch.without_spoilt(&cotangent)?;
             stop()?;
             let gradient = pool.run(|| self.unet.vjp(tape, &cotangent))?.to_dtype(DType::F32)?;
-            Ok::<_, Error>(vec![found, scores, gradient])
+            let (corrected, numbers) = batch.corrected(&scores, &gradient, eta, *bound)?;
+            Ok::<_, Error>(vec![corrected, numbers])
         })?;
-        let [found, scores, gradient] = &results[..] else { unreachable!("as many as above") };
-        batch.check_found(FEATURES, found)?;
-        Ok((scores.clone(), gradient.clone()))
+        let (numbers, corrected) = (results.pop(), results.pop());
+        Ok((corrected.expect("the first"), numbers.expect("the second")))
     }
 }
 
@@ -180,13 +194,13 @@ pub(crate) fn replayed(
     sinusoids: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let Conditioning { pooled, replay, .. } = text;
-    let results = replay.run(&[features, sinusoids], |inputs, _| {
+    let mut results = replay.run(&[features, sinusoids], |inputs, _| {
         let [features, sinusoids] = inputs else { unreachable!("as many as above") };
         let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, features, sinusoids, pooled))?;
         Ok::<_, Error>(vec![scores, cotangent])
     })?;
-    let [scores, cotangent] = &results[..] else { unreachable!("as many as above") };
-    Ok((scores.clone(), cotangent.clone()))
+    let (cotangent, scores) = (results.pop(), results.pop());
+    Ok((scores.expect("the first"), cotangent.expect("the second")))
 }
 
 /// The features are those that the adapter reads, of a batch.

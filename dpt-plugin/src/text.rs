@@ -15,8 +15,9 @@ pub(crate) struct Conditioning {
     pub(crate) pooled: Tensor,
     /// Keys and values, and the context that they were made from.
     keys: Option<(TextKeys, Tensor)>,
-    /// Steps scored against it.
+    /// Steps scored against it, and the bound that they were corrected by.
     pub(crate) replay: Replay,
+    bound: Option<f64>,
 }
 
 /// What the text must fit.
@@ -66,7 +67,7 @@ impl Conditioning {
                 Some((own.unet.text(&context)?, context))
             }
         };
-        Ok(Self { pooled, keys, replay: Replay::new(needs.graphs) })
+        Ok(Self { pooled, keys, replay: Replay::new(needs.graphs), bound: None })
     }
 
     /// Tells the host's user what became of capturing steps.
@@ -83,12 +84,16 @@ impl Conditioning {
 
     /// Keys and values for the weights as they are now.
     pub(crate) fn keys(&mut self, unet: &UNet) -> Result<&TextKeys> {
-        self.parts(unet).map(|(_, keys, _)| keys)
+        self.replayed(unet, self.bound).map(|(_, keys, _)| keys)
     }
 
-    /// The pooled text, keys and values for the weights as they are now, and the steps scored against them.
-    pub(crate) fn parts(&mut self, unet: &UNet) -> Result<(&Tensor, &TextKeys, &mut Replay)> {
-        let Self { pooled, keys, replay } = self;
+    /// The pooled text, keys and values for the weights as they are now, and the steps scored against them and corrected by that bound.
+    pub(crate) fn replayed(&mut self, unet: &UNet, of_bound: Option<f64>) -> Result<(&Tensor, &TextKeys, &mut Replay)> {
+        let Self { pooled, keys, replay, bound } = self;
+        if *bound != of_bound {
+            replay.forget();
+            *bound = of_bound;
+        }
         let (keys, context) = keys.as_mut().ok_or_else(|| Error::Shape("the run brought no text context".into()))?;
         if !keys.is_of(unet) {
             // What was captured reads the old ones, and the old weights.
