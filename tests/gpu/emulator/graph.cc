@@ -59,13 +59,12 @@ CUresult refuse_in_capture(CUstream handle) {
 CUresult refuse_while_capturing(bool of_all) { return (of_all ? captures.load() : own_captures) ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS; }
 
 CUresult allocate_in_order(CUdeviceptr *address, size_t bytes, CUstream handle) {
-    counts.allocations++;
-    const CUresult allocated = allocate(address, bytes);
     Stream *stream = captured(handle);
-    if (allocated != CUDA_SUCCESS || !stream) return allocated;
+    const CUresult allocated = allocate(address, bytes);
+    if (allocated != CUDA_SUCCESS || !stream) return counts.allocations++, allocated;
     stream->captured->memory[*address] = false;
     hide(*address);
-    return ask(handle, [at = *address] { return show(at), CUDA_SUCCESS; });
+    return ask(handle, [at = *address] { return counts.allocations++, show(at), CUDA_SUCCESS; });
 }
 
 CUresult release_in_order(CUdeviceptr address, CUstream handle) {
@@ -124,7 +123,7 @@ API cuGraphLaunch(CUgraphExec launchable, CUstream stream) {
     if (const CUresult refused = refuse_in_capture(stream)) return refused;
     for (const auto &[address, freed] : graph.memory)
         if (!freed) fail("a graph is launched that does not free what it allocates: a second launch would be refused");
-    counts.graphs++;
+    counts.graphs++, counts.in_graphs += graph.tasks.size() - graph.memory.size(); // what is freed is not counted
     for (const Task &task : graph.tasks)
         if (const CUresult failed = task()) return failed;
     OK;

@@ -68,8 +68,8 @@ class Helpers {
 Counts counts;
 Counts::~Counts() {
     if (getenv("EMULATOR_COUNTS"))
-        fprintf(stderr, "%zu kernels, %zu products by cuBLAS, %zu copies, %zu allocations, %zu graphs\n", kernels.load(),
-                products.load(), copies.load(), allocations.load(), graphs.load());
+        fprintf(stderr, "%zu kernels, %zu products by cuBLAS, %zu copies, %zu allocations; %zu graphs for %zu of these\n",
+                kernels.load(), products.load(), copies.load(), allocations.load(), graphs.load(), in_graphs.load());
 }
 
 void in_parallel(size_t count, const std::function<void(size_t)> &work) {

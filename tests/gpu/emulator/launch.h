@@ -9,7 +9,7 @@ namespace emulator {
 
 // What the program asked for, printed at its end where EMULATOR_COUNTS is set.
 struct Counts {
-    std::atomic<size_t> kernels, products, copies, allocations, graphs;
+    std::atomic<size_t> kernels, products, copies, allocations, graphs, in_graphs; // the last: of the others
     ~Counts();
 };
 extern Counts counts;
