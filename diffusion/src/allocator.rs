@@ -5,6 +5,8 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
+use candle_core::Device;
+
 /// To be a program's, or a shared library's, `#[global_allocator]`. Blocks of 64 kB and more are kept once they are freed, up to a
 /// gigabyte together, and as new ones are taken no more than a margin beyond what was once in use; [`release_memory`] gives them
 /// back. Others, and all but on Linux, are the system's.
@@ -37,10 +39,15 @@ impl Default for TensorAllocator {
     }
 }
 
-/// Gives the memory that [`TensorAllocator`] keeps back to the system, and what is free of each GPU's to its driver.
-pub fn release_memory() {
+/// Gives the memory that [`TensorAllocator`] keeps back to the system and, of a GPU, what is kept of its memory to the driver.
+pub fn release_memory(device: &Device) {
     #[cfg(feature = "cuda")]
-    crate::device::release_memory();
+    if let Device::Cuda(device) = device {
+        // What fails here fails again, and is reported, where the device is used.
+        let _ = crate::device::release_pool(device);
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
     #[cfg(target_os = "linux")]
     kept::release();
 }
@@ -369,6 +376,6 @@ mod tests {
                 TensorAllocator::new().dealloc(block, layout(9 << 20));
             }
         }
-        release_memory();
+        release_memory(&Device::Cpu);
     }
 }

@@ -5,6 +5,12 @@ use std::collections::HashMap;
 #[cfg(feature = "cuda")]
 use std::sync::{LazyLock, Mutex, PoisonError};
 
+#[cfg(feature = "cuda")]
+use candle_core::cuda::{
+    CudaDevice,
+    cudarc::cublas::sys as cublas,
+    cudarc::driver::{DevicePtr, result, sys},
+};
 use candle_core::{DType, Device};
 
 use crate::{Error, Result};
@@ -30,22 +36,32 @@ fn cuda_device(_: usize) -> Result<Device> {
 #[cfg(feature = "cuda")]
 static OPEN: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Mutex::default);
 
-/// Gives back what is free of the devices' memory pools, and of the memory of graphs.
+/// Gives back what is free of the memory pool, once all that was asked for is done.
 #[cfg(feature = "cuda")]
-pub(crate) fn release_memory() {
-    use candle_core::cuda::cudarc::driver::{result, sys};
-
+pub(crate) fn release_pool(device: &CudaDevice) -> Result<()> {
     let _asking = crate::asking();
-    for ordinal in OPEN.lock().unwrap_or_else(PoisonError::into_inner).keys() {
-        // SAFETY: the device is open. What cannot be given back is kept.
-        unsafe {
-            let Ok(device) = result::device::get(*ordinal as i32) else { continue };
-            if let Ok(pool) = result::device::get_default_mem_pool(device) {
-                sys::cuMemPoolTrimTo(pool, 0);
-            }
-            sys::cuDeviceGraphMemTrim(device);
-        }
+    let stream = device.cuda_stream();
+    let release = || -> std::result::Result<(), result::DriverError> {
+        stream.synchronize()?;
+        // SAFETY: the device exists, and its default pool too.
+        unsafe { sys::cuMemPoolTrimTo(pool(stream.context().ordinal())?, 0) }.result()
+    };
+    Ok(release().map_err(candle_core::Error::wrap)?)
+}
+
+/// The same of the memory of graphs. What the driver refuses to give back it keeps.
+#[cfg(feature = "cuda")]
+pub(crate) fn release_graphs(ordinal: usize) {
+    if let Ok(device) = result::device::get(ordinal as i32) {
+        // SAFETY: the device exists.
+        unsafe { sys::cuDeviceGraphMemTrim(device) };
     }
+}
+
+#[cfg(feature = "cuda")]
+fn pool(ordinal: usize) -> std::result::Result<sys::CUmemoryPool, result::DriverError> {
+    // SAFETY: the device exists.
+    unsafe { result::device::get_default_mem_pool(result::device::get(ordinal as i32)?) }
 }
 
 #[cfg(feature = "cuda")]
@@ -63,26 +79,34 @@ fn cuda_device(ordinal: usize) -> Result<Device> {
 /// each thread, and a tensor made on one would be read on another too early.
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize) -> Result<Device> {
-    use candle_core::cuda::CudaDevice;
-    use candle_core::cuda::cudarc::driver::{result, sys};
-
     let cuda = CudaDevice::new_with_stream(ordinal)?;
     // SAFETY: events order several streams; here all work is on one.
     unsafe { cuda.disable_event_tracking() };
-    let keep = || -> std::result::Result<(), result::DriverError> {
-        let mut all = u64::MAX;
-        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        // SAFETY: the device exists, its default pool too, and the attribute is a u64.
-        unsafe {
-            let pool = result::device::get_default_mem_pool(result::device::get(ordinal as i32)?)?;
-            result::mem_pool::set_attribute(pool, threshold, (&raw mut all).cast())
-        }
-    };
     // Else freed memory would go back to the driver whenever the device is waited for, and be taken again at the next step.
     if cuda.cuda_stream().context().has_async_alloc() {
-        keep().map_err(|error| Error::Unsupported(format!("cuda:{ordinal}: its memory pool: {error}")))?;
+        let (mut all, threshold) = (u64::MAX, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD);
+        // SAFETY: the attribute is a u64.
+        let kept = pool(ordinal)
+            .and_then(|pool| unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw mut all).cast()) });
+        kept.map_err(|error| Error::Unsupported(format!("cuda:{ordinal}: its memory pool: {error}")))?;
     }
+    lend_workspace(&cuda)?;
     Ok(Device::Cuda(cuda))
+}
+
+/// Gives cuBLAS memory that it would otherwise allocate for each product of a graph. It is as much as it takes for itself by default.
+#[cfg(feature = "cuda")]
+fn lend_workspace(cuda: &CudaDevice) -> Result<()> {
+    let stream = cuda.cuda_stream();
+    let (major, _) = stream.context().compute_capability().map_err(candle_core::Error::wrap)?;
+    let bytes = if major >= 9 { 32 << 20 } else { 4 << 20 };
+    // SAFETY: nobody reads it but cuBLAS, which writes it before.
+    let workspace = unsafe { cuda.alloc::<u8>(bytes)? };
+    let first = workspace.device_ptr(&stream).0;
+    // SAFETY: as many bytes, which are never freed: the device is open as long as the process lives.
+    let lent = unsafe { cublas::cublasSetWorkspace_v2(*cuda.cublas_handle().handle(), first as *mut _, bytes) };
+    std::mem::forget(workspace);
+    Ok(lent.result().map_err(candle_core::Error::wrap)?)
 }
 
 /// `f32`, `f16` or `bf16`.

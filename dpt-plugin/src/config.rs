@@ -49,7 +49,7 @@ pub struct Config {
     /// all instances.
     #[serde(default)]
     pub threads: Option<usize>,
-    /// On CUDA: launch the kernels of a run's steps, but for the first two, as one graph.
+    /// On CUDA: launch the kernels of each of a run's steps but the first as one graph.
     #[serde(default = "yes")]
     pub cuda_graphs: bool,
     /// Correct also when the host adds U-Net inputs that the plugin's own U-Net cannot see.

@@ -32,6 +32,8 @@ pub struct DptPlugin {
     lora: Arc<Lora>,
     prepared: Option<Prepared>,
     conditioning: Option<Conditioning>,
+    /// The last to go.
+    _released: Released,
 }
 
 impl Plugin for DptPlugin {
@@ -83,7 +85,7 @@ impl Plugin for DptPlugin {
     fn begin(&mut self, run: &Run<'_>) -> host_api::Result<()> {
         let _asking = tensor_views::bind(&self.device);
         self.prepared_mut().source.refresh()?;
-        self.conditioning = Some(self.conditioning_of(&run.text, run.batch)?);
+        self.conditioning = Some(self.conditioning_of(&run.text, run.batch, self.config.cuda_graphs)?);
         Ok(())
     }
 
@@ -129,7 +131,7 @@ impl Plugin for DptPlugin {
         let _asking = tensor_views::bind(&self.device);
         self.conditioning = None;
         // What was kept from one step to the next.
-        diffusion::release_memory();
+        diffusion::release_memory(&self.device);
         Ok(())
     }
 
@@ -156,8 +158,17 @@ impl Plugin for DptPlugin {
 impl Drop for DptPlugin {
     fn drop(&mut self) {
         let _asking = tensor_views::bind(&self.device);
-        (self.prepared, self.conditioning) = (None, None);
-        diffusion::release_memory();
+        (self.conditioning, self.prepared) = (None, None);
+    }
+}
+
+/// Gives a device's memory back as it is dropped.
+struct Released(Device);
+
+impl Drop for Released {
+    fn drop(&mut self) {
+        let _asking = tensor_views::bind(&self.0);
+        diffusion::release_memory(&self.0);
     }
 }
 
@@ -170,7 +181,7 @@ impl DptPlugin {
         diffusion::dtype(&config.dtype).map_err(unknown_name)?;
         let pool = Pool::new(config.threads, &device)?;
         let file = checkpoint::open(&config.adapter, &device)?;
-        let adapter = Held::new(checkpoint::load_adapter(&file, config.hints())?);
+        let adapter = Held::new(checkpoint::load_adapter(&file, config.hints())?, &device);
         let own = LoraFile::read(&file)?;
         file.finish()?;
         let files = match &config.lora {
@@ -180,16 +191,30 @@ impl DptPlugin {
             }
             Some(choices) => lora::load(choices.list(), &device, &host)?,
         };
-        let lora_entries = Held::new(lora::combine(files, config.lora_strength)?);
+        let lora_entries = Held::new(lora::combine(files, config.lora_strength)?, &device);
         let lora = Arc::new(lora::for_hosts(&lora_entries)?);
         let gradient = gradient_source(&config, &host);
-        let (prepared, conditioning) = (None, None);
-        Ok(Self { host, config, gradient, device, pool, params, adapter, lora_entries, lora, prepared, conditioning })
+        let (prepared, conditioning, _released) = (None, None, Released(device.clone()));
+        Ok(Self {
+            host,
+            config,
+            gradient,
+            device,
+            pool,
+            params,
+            adapter,
+            lora_entries,
+            lora,
+            prepared,
+            conditioning,
+            _released,
+        })
     }
 
-    fn conditioning_of(&self, text: &host_api::Text, batch: usize) -> Result<Conditioning> {
+    /// `graphs`: it is of several steps, which may be captured.
+    fn conditioning_of(&self, text: &host_api::Text, batch: usize, graphs: bool) -> Result<Conditioning> {
         let prepared = self.prepared.as_ref().expect("prepare precedes begin");
-        let (clip_dim, graphs) = (self.adapter.sizes().clip_dim, self.config.cuda_graphs);
+        let clip_dim = self.adapter.sizes().clip_dim;
         let needs = TextRequirements { batch, clip_dim, device: &self.device, graphs };
         Conditioning::new(text, &needs, &prepared.source, prepared.encoder.as_ref(), &self.host)
     }
@@ -212,7 +237,7 @@ impl DptPlugin {
         let values = tensor_views::read(&latents.view(), &self.device)?;
         let scale = Tensor::new(&[space_scale(step)], &self.device)?;
         self.prepared_mut().source.refresh()?;
-        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
+        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items, false)).transpose()?;
         let Self { host, pool, adapter, prepared, conditioning, device, .. } = self;
         let source = &mut prepared.as_mut().expect("prepare precedes step").source;
         let text = own_text.as_mut().or(conditioning.as_mut()).expect("begin precedes step");
@@ -249,7 +274,7 @@ impl DptPlugin {
         let features = tensor_views::read(features, self.adapter.device())?.to_dtype(DType::F32)?;
         let items = features.dim(0)?;
         check_features(&features, &self.adapter, items)?;
-        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items)).transpose()?;
+        let mut own_text = step.text.as_ref().map(|text| self.conditioning_of(text, items, false)).transpose()?;
         let text = own_text.as_mut().or(self.conditioning.as_mut()).expect("begin precedes step");
         let mut batch = Batch::without_latents(items, self.adapter.device())?;
         batch.check_features(&features)?;

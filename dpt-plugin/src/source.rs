@@ -129,6 +129,8 @@ fn split() -> Error {
 impl Lender {
     /// The tap's output in f32 where the adapter is.
     fn features(&mut self, step: &Step, batch: &Batch, adapter: &Adapter) -> Result<Tensor> {
+        // Its device may be another than the plugin's.
+        let _asking = tensor_views::bind(&self.device);
         let latents = tensor_views::lend(&batch.values().to_device(&self.device)?)?;
         let read = |features: &View<'_>| tensor_views::read(features, adapter.device());
         Ok(self.gradient.features(step, &latents.view(), &adapter.sizes().tap, read)?.to_dtype(DType::F32)?)
@@ -147,6 +149,7 @@ impl Lender {
         let (scores, cotangent) = replayed(adapter, text, pool, &features, &sinusoids)?;
         let cotangent = batch.without_spoilt(&cotangent)?;
         stop()?;
+        let _asking = tensor_views::bind(&self.device);
         let lent = tensor_views::lend(&cotangent.to_device(&self.device)?)?;
         let write = |gradient: &mut ViewMut<'_>| self.gradient.vjp(&lent.view(), gradient);
         let gradient = tensor_views::fill(latents.dims(), &self.device, write)?.to_device(latents.device())?;

@@ -124,7 +124,13 @@ fn add_bias(y: Tensor, bias: &Tensor) -> Result<Tensor> {
 
 /// The kernel of the adjoint convolution: flipped in space, input and output channels exchanged.
 fn adjoint(kernel: &Tensor) -> Result<Tensor> {
-    Ok(kernel.flip(&[2, 3])?.transpose(0, 1)?.contiguous()?)
+    Ok(taps(&taps(kernel, 2, &[2, 1, 0])?, 3, &[2, 1, 0])?.transpose(0, 1)?.contiguous()?)
+}
+
+/// Some of the taps along a dimension. candle's own ways to choose would upload their indices, in the middle of a pass.
+fn taps(kernel: &Tensor, dim: usize, order: &[usize]) -> Result<Tensor> {
+    let parts = order.iter().map(|tap| Ok(kernel.narrow(dim, *tap, 1)?)).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&parts, dim)?)
 }
 
 /// With stride 2, `y[o] = sum_k w[k] x[2 o + k - 1]`, so an even input position `2 i` is seen by tap 1 of output `i` alone,
@@ -132,15 +138,9 @@ fn adjoint(kernel: &Tensor) -> Result<Tensor> {
 /// convolutions, one per phase of (row, column), that together cost what the forward pass costs.
 fn phases(kernel: &Tensor) -> Result<Vec<Tensor>> {
     let flipped = adjoint(kernel)?; // taps in the order 2, 1, 0
-    let middle = Tensor::new(&[1u32], kernel.device())?;
-    let outer = Tensor::new(&[0u32, 2], kernel.device())?;
-    let mut phases = Vec::with_capacity(4);
-    for rows in [&middle, &outer] {
-        for columns in [&middle, &outer] {
-            phases.push(flipped.index_select(rows, 2)?.index_select(columns, 3)?.contiguous()?);
-        }
-    }
-    Ok(phases)
+    let [even, odd]: [&[usize]; 2] = [&[1], &[0, 2]];
+    let phase = |(rows, columns)| Ok(taps(&taps(&flipped, 2, rows)?, 3, columns)?.contiguous()?);
+    [(even, even), (even, odd), (odd, even), (odd, odd)].into_iter().map(phase).collect()
 }
 
 fn strided_vjp(dy: &Tensor, phases: &[Tensor], height: usize, width: usize) -> Result<Tensor> {

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::cuda::CudaDevice;
 use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -9,10 +10,14 @@ use candle_core::cuda::cudarc::driver::{CudaGraph, CudaStream};
 use candle_core::{Device, Tensor};
 
 use super::{Pass, askers, owned};
-use crate::{Error, Result, release_memory};
+use crate::device::{release_graphs, release_pool};
+use crate::{Error, Result};
 
-/// How often a graph is tried to be made: what candle has uploaded in one thread it does not find in another.
+/// How often a graph is tried to be made: what another thread asks of the driver may spoil a capture.
 const ATTEMPTS: usize = 2;
+
+/// Graphs that there are, of all devices.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
 
 pub(super) type Work<'a, E> = dyn FnMut(&[Tensor], Pass) -> std::result::Result<Vec<Tensor>, E> + 'a;
 
@@ -54,10 +59,10 @@ impl Capture {
     }
 
     fn end(mut self) -> Result<CudaGraph> {
-        self.ended = true;
         // What failed as memory was given back would be reported by whatever is asked next.
         let given_back = self.stream.context().check_err();
         let graph = self.stream.end_capture(CUgraphInstantiate_flags(0)).map_err(candle_core::Error::wrap)?;
+        self.ended = true;
         given_back.map_err(candle_core::Error::wrap)?;
         graph.ok_or_else(|| Error::Unsupported("the driver captured nothing".into()))
     }
@@ -74,8 +79,10 @@ impl Drop for Capture {
 
 /// A graph that can be launched, and its places.
 pub(super) struct Captured {
-    graph: CudaGraph,
+    /// Until this is dropped.
+    graph: Option<CudaGraph>,
     places: Places,
+    ordinal: usize,
 }
 
 // SAFETY: a graph may be used by any thread, by one at a time, and whoever uses this has it for itself.
@@ -103,7 +110,14 @@ impl State {
             *self = Self::Fresh;
         }
         if let Self::Captured(captured) = self {
-            return Ok(captured.launch(inputs)?);
+            match captured.launch(inputs) {
+                Ok(results) => return Ok(results),
+                Err(error) => {
+                    *self = Self::Refused;
+                    *outcome = Some(Err(error));
+                    return work(&owned(inputs), Pass::Now);
+                }
+            }
         }
         if let Self::Known { places, failures } = self {
             match askers::alone(|| Captured::new(device, places, inputs, work)) {
@@ -177,13 +191,15 @@ impl Captured {
     ) -> Result<(Self, Vec<Tensor>)> {
         // What candle uploaded before comes from memory of the device, and it refuses to upload anything else.
         let _uploads = device.enable_cuda_graph_htod_cache();
+        // What the work took as it was is not taken again, and the graph needs as much.
+        release_pool(device)?;
         let capture = Capture::begin(device)?;
         let done = places.receive(work);
         let graph = capture.end();
         done?;
-        let captured = Self { graph: graph?, places: places.clone() };
-        // What the work took as it was is not taken again, and the graph needs as much.
-        release_memory();
+        let (graph, ordinal) = (Some(graph?), device.cuda_stream().context().ordinal());
+        LIVE.fetch_add(1, Ordering::Relaxed);
+        let captured = Self { graph, places: places.clone(), ordinal };
         let results = captured.launch(inputs)?;
         Ok((captured, results))
     }
@@ -193,8 +209,19 @@ impl Captured {
         for (place, input) in self.places.inputs.iter().zip(inputs) {
             put(input, place)?;
         }
-        self.graph.launch().map_err(candle_core::Error::wrap)?;
+        let graph = self.graph.as_ref().expect("until it is dropped");
+        graph.launch().map_err(candle_core::Error::wrap)?;
         self.places.outputs.iter().map(|output| Ok(output.copy()?)).collect()
+    }
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        self.graph = None;
+        // The graphs of a device share their memory, and those that are left would have to ask for it again.
+        if LIVE.fetch_sub(1, Ordering::Relaxed) == 1 {
+            release_graphs(self.ordinal);
+        }
     }
 }
 

@@ -19,10 +19,11 @@ use crate::{Error, Result};
 /// it is done as it is every time.
 ///
 /// Capturing takes in whatever is asked of the device's stream: threads that use it at the same time say so by [`asking`], and where
-/// others do, capturing is put off. A host that synchronizes its whole device in another thread at that moment would be refused by the
-/// driver: for such a host nothing should be captured.
+/// others do, capturing is put off. A driver refuses to synchronize the whole device at that moment, also what does so on its way, such as
+/// destroying a cuBLAS handle: nothing should be captured where other threads of the process do that.
 ///
-/// Where no graph can be made (memory for it may be short), work is done as it is from then on, and [`Replay::outcome`] tells why.
+/// Where no graph can be made or launched (memory for it may be short), work is done as it is from then on, and [`Replay::outcome`]
+/// tells why.
 pub struct Replay {
     captures: bool,
     outcome: Option<Result<()>>,
@@ -63,8 +64,8 @@ impl Replay {
     /// `work` of these inputs, its results copies of their own.
     ///
     /// It must depend on nothing but the inputs, and on tensors that stay what and where they are as long as this is used; and it
-    /// must not keep any tensor, read numbers back, or bring them from main memory, but for a first time. With inputs of other shapes or
-    /// dtypes it begins anew.
+    /// must not read numbers back, bring them from main memory or, after a first time, keep any tensor. With inputs of other shapes or
+    /// dtypes it is captured anew.
     pub fn run<E: From<Error> + Display>(
         &mut self,
         inputs: &[&Tensor],

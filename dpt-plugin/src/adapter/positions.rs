@@ -22,6 +22,10 @@ impl SinePositions {
     }
 }
 
+/// While a step may be captured, candle keeps what is uploaded of so many numbers or fewer, and frees it as the thread ends: when that
+/// device may be another thread's.
+const KEPT: usize = 1024;
+
 /// DETR's normalised 2-D sine embedding with temperature 10000, `[1, h * w, d]`: the first half of the channels encodes y,
 /// the second x. `d` is divisible by 4.
 fn sine(height: usize, width: usize, d: usize, device: &Device) -> Result<Tensor> {
@@ -41,5 +45,7 @@ fn sine(height: usize, width: usize, d: usize, device: &Device) -> Result<Tensor
             values.extend(row.iter().chain(column));
         }
     }
-    Ok(Tensor::from_vec(values, (1, height * width, d), device)?)
+    let count = values.len();
+    values.resize(count.max(KEPT + 1), 0.);
+    Ok(Tensor::new(values, device)?.narrow(0, 0, count)?.reshape((1, height * width, d))?)
 }

@@ -23,8 +23,9 @@ pub fn lend(tensor: &Tensor) -> Result<Lent> {
     // SAFETY: the storage has the layout's elements, stays where it is while the tensor lives, and on a device is used in the order
     // of candle's stream.
     let view = unsafe { View::of_memory(start.cast(), dtype, &shape, None, memory) }?;
+    let device = tensor.device().clone();
     // SAFETY: as above.
-    Ok(unsafe { Lent::owned(view, Held::new(tensor)) })
+    Ok(unsafe { Lent::owned(view, Held::new(tensor, &device)) })
 }
 
 fn in_main_memory(storage: &CpuStorage) -> *const c_void {

@@ -46,12 +46,10 @@ pub fn name(device: &Device) -> host_api::Device {
 
 /// Makes this thread's current context that of the device, which freeing its tensors takes, and keeps others from capturing its stream
 /// as long as the result lives. To be called, with the result kept, wherever a host calls.
-pub fn bind(device: &Device) -> Asking {
+pub fn bind(device: &Device) -> Option<Asking> {
     #[cfg(feature = "cuda")]
     cuda::bind(device);
-    #[cfg(not(feature = "cuda"))]
-    let _ = device;
-    asking()
+    (!device.is_cpu()).then(asking)
 }
 
 /// candle's name of an element type.

@@ -91,6 +91,9 @@ cublasStatus_t multiply(cublasHandle_t handle, int m, int n, int k, const void *
 // A handle is its stream.
 API cublasCreate_v2(cublasHandle_t *handle) { *handle = reinterpret_cast<cublasHandle_t>(new cudaStream_t{}); return CUBLAS_STATUS_SUCCESS; }
 API cublasDestroy_v2(cublasHandle_t handle) { delete reinterpret_cast<cudaStream_t *>(handle); return CUBLAS_STATUS_SUCCESS; }
+API cublasSetWorkspace_v2(cublasHandle_t, void *workspace, size_t bytes) {
+    return emulator::is_device(reinterpret_cast<CUdeviceptr>(workspace), bytes) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
+}
 API cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) { *reinterpret_cast<cudaStream_t *>(handle) = stream; return CUBLAS_STATUS_SUCCESS; }
 
 API cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t of_a, cublasOperation_t of_b, int m, int n, int k,

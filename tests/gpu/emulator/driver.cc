@@ -125,9 +125,14 @@ API cuMemFree_v2(CUdeviceptr address) {
 // Unlike the other, this one gives nothing gladly: candle asks for it for the shapes of scalars.
 API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
     *address = 0;
+    if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
     return bytes > 0 ? allocate_in_order(address, bytes, stream) : CUDA_SUCCESS;
 }
-API cuMemFreeAsync(CUdeviceptr address, CUstream stream) { return address ? release_in_order(address, stream) : CUDA_SUCCESS; }
+API cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
+    // Where destructors call, nobody would see the error for long.
+    if (contexts.empty()) fail("memory was freed by a thread without a current context");
+    return address ? release_in_order(address, stream) : CUDA_SUCCESS;
+}
 API cuMemHostAlloc(void **address, size_t bytes, unsigned) { return allocate_host(address, bytes); }
 API cuMemFreeHost(void *address) { return release_host(address); }
 API cuMemGetInfo_v2(size_t *free, size_t *total) { *free = DEVICE_BYTES - used_bytes(), *total = DEVICE_BYTES; OK; }

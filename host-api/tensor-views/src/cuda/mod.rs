@@ -54,8 +54,11 @@ impl DeviceMemory for Cuda {
 
 pub(crate) fn bind(device: &Device) {
     if let Device::Cuda(device) = device {
+        let context = device.cuda_stream().context().clone();
+        // What failed as memory was freed, in whatever thread, is of no concern to this one, and would be reported instead of binding.
+        let _ = context.check_err();
         // What fails here fails again, and is reported, where the device is used.
-        let _ = device.cuda_stream().context().bind_to_thread();
+        let _ = context.bind_to_thread();
     }
 }
 
