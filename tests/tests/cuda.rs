@@ -14,6 +14,8 @@ run_on_the_device! {
 mod graphs;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[path = "cuda/several.rs"]
+mod several;
 #[path = "cuda/views.rs"]
 mod views;
 

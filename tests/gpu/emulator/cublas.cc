@@ -81,7 +81,11 @@ template <class S>
 cublasStatus_t multiply(cublasHandle_t handle, int m, int n, int k, const void *alpha, const Matrix &a, const Matrix &b, const void *beta,
                         const Matrix &c, int batch) {
     const S by = *static_cast<const S *>(alpha), keep = *static_cast<const S *>(beta);
-    const CUresult asked = emulator::ask(*reinterpret_cast<cudaStream_t *>(handle),
+    const cudaStream_t stream = *reinterpret_cast<cudaStream_t *>(handle);
+    for (const Matrix *matrix : {&a, &b, &c})
+        if (emulator::device_of(reinterpret_cast<CUdeviceptr>(matrix->values)) != emulator::stream_device(stream))
+            emulator::fail("cuBLAS was given another device's memory");
+    const CUresult asked = emulator::ask(stream,
                                          [=] { return multiply_now<S>(m, n, k, by, a, b, keep, c, batch), CUDA_SUCCESS; });
     return asked == CUDA_SUCCESS ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -44,6 +44,16 @@ template <class... A, void (*F)(A...)> struct Caller<F> {
         F(*static_cast<std::remove_cv_t<A> *>(arguments[I])...);
     }
 
+    static std::vector<const void *> pointers(void **arguments) { return pointed(arguments, std::index_sequence_for<A...>{}); }
+    template <size_t... I> static std::vector<const void *> pointed(void **arguments, std::index_sequence<I...>) {
+        std::vector<const void *> all;
+        (([&] {
+             if constexpr (std::is_pointer_v<A>) all.push_back(*static_cast<void *const *>(arguments[I]));
+         }()),
+         ...);
+        return all;
+    }
+
     struct Kept {
         std::tuple<std::remove_cv_t<A>...> values;
         void *arguments[sizeof...(A)];

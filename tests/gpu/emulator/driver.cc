@@ -1,5 +1,6 @@
-// The functions of the driver that candle, cudarc and the tests call, but for those of streams and graphs. Events are nothing: all is
-// done at once, or as a graph is launched.
+// The functions of the driver that candle, cudarc and the tests call, but for those of devices, streams and graphs. Events are nothing:
+// all is done at once, or as a graph is launched.
+#include "context.h"
 #include "graph.h"
 #include "launch.h"
 #include "memory.h"
@@ -19,9 +20,16 @@ using namespace emulator;
 
 namespace {
 
+// A kernel on a device.
+struct Function {
+    Kernel *kernel;
+    int device;
+};
+
 struct Module {
     std::string ptx;
-    std::map<std::string, Kernel *> kernels; // that were asked for: candle asks at each launch
+    int device;
+    std::map<std::string, Function> functions; // that were asked for: candle asks at each launch
 };
 
 // The program's PTX must have the kernel, and so must the sources that were compiled for the CPU.
@@ -47,14 +55,14 @@ void load_kernels() {
 }
 
 std::mutex modules;
-char primary;
-thread_local std::vector<CUcontext> contexts;
 
+// Between main memory and a device, or on one: nothing goes from one to another, which the interface forbids.
 CUresult copy(void *to, const void *from, size_t bytes, bool to_device, bool from_device) {
     if (bytes == 0) OK;
     counts.copies++;
     const auto at = [](const void *p) { return reinterpret_cast<CUdeviceptr>(p); };
     if ((to_device && !is_device(at(to), bytes)) || (from_device && !is_device(at(from), bytes))) return CUDA_ERROR_INVALID_VALUE;
+    if (to_device && from_device && device_of(at(to)) != device_of(at(from))) fail("a copy from one device to another");
     memmove(to, from, bytes);
     OK;
 }
@@ -75,40 +83,6 @@ API cuGetErrorString(CUresult error, const char **text) {
     OK;
 }
 
-API cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return ordinal == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE; }
-API cuDeviceGetCount(int *count) { *count = 1; OK; }
-API cuDeviceGetName(char *name, int room, CUdevice) { strncpy(name, "emulator", room); OK; }
-API cuDeviceTotalMem_v2(size_t *bytes, CUdevice) { *bytes = DEVICE_BYTES; OK; }
-API cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
-    switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
-    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = LANES; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = MOST_THREADS; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = MOST_SHARED; break;
-    case CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED: *value = 1; break;
-    default: fail("device attribute %d is not known", attribute);
-    }
-    OK;
-}
-
-API cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice) { *context = reinterpret_cast<CUcontext>(&primary); OK; }
-API cuDevicePrimaryCtxRelease_v2(CUdevice) { OK; }
-API cuCtxCreate_v4(CUcontext *context, CUctxCreateParams *, unsigned, CUdevice) {
-    *context = reinterpret_cast<CUcontext>(new char);
-    contexts.push_back(*context);
-    OK;
-}
-API cuCtxDestroy_v2(CUcontext context) { delete reinterpret_cast<char *>(context); OK; }
-API cuCtxGetCurrent(CUcontext *context) { *context = contexts.empty() ? nullptr : contexts.back(); OK; }
-API cuCtxSetCurrent(CUcontext context) {
-    if (!contexts.empty()) contexts.pop_back();
-    if (context) contexts.push_back(context);
-    OK;
-}
-API cuCtxSynchronize() { return refuse_while_capturing(true); }
-
 API cuEventCreate(CUevent *event, unsigned) { *event = reinterpret_cast<CUevent>(new char); OK; }
 API cuEventDestroy_v2(CUevent event) { delete reinterpret_cast<char *>(event); OK; }
 API cuEventRecord(CUevent, CUstream stream) { return refuse_in_capture(stream); }
@@ -116,7 +90,8 @@ API cuEventSynchronize(CUevent) { OK; }
 
 API cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     const CUresult refused = refuse_while_capturing();
-    return refused ? refused : allocate(address, bytes);
+    if (current_device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
+    return refused ? refused : allocate(address, bytes, current_device());
 }
 API cuMemFree_v2(CUdeviceptr address) {
     const CUresult refused = refuse_while_capturing();
@@ -125,18 +100,22 @@ API cuMemFree_v2(CUdeviceptr address) {
 // Unlike the other, this one gives nothing gladly: candle asks for it for the shapes of scalars.
 API cuMemAllocAsync(CUdeviceptr *address, size_t bytes, CUstream stream) {
     *address = 0;
-    if (contexts.empty()) return CUDA_ERROR_INVALID_CONTEXT;
+    if (current_device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
     return bytes > 0 ? allocate_in_order(address, bytes, stream) : CUDA_SUCCESS;
 }
 API cuMemFreeAsync(CUdeviceptr address, CUstream stream) {
     // Where destructors call, nobody would see the error for long.
-    if (contexts.empty()) fail("memory was freed by a thread without a current context");
+    if (current_device() < 0) fail("memory was freed by a thread without a current context");
     return address ? release_in_order(address, stream) : CUDA_SUCCESS;
 }
 API cuMemHostAlloc(void **address, size_t bytes, unsigned) { return allocate_host(address, bytes); }
 API cuMemFreeHost(void *address) { return release_host(address); }
-API cuMemGetInfo_v2(size_t *free, size_t *total) { *free = DEVICE_BYTES - used_bytes(), *total = DEVICE_BYTES; OK; }
-API cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { *pool = reinterpret_cast<CUmemoryPool>(&primary); OK; }
+API cuMemGetInfo_v2(size_t *free, size_t *total) {
+    if (current_device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
+    *free = DEVICE_BYTES - used_bytes(current_device()), *total = DEVICE_BYTES;
+    OK;
+}
+API cuDeviceGetDefaultMemPool(CUmemoryPool *pool, CUdevice) { *pool = nullptr; OK; }
 API cuMemPoolSetAttribute(CUmemoryPool, CUmemPool_attribute, void *) { OK; }
 API cuMemPoolTrimTo(CUmemoryPool, size_t) { OK; }
 API cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
@@ -145,7 +124,8 @@ API cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdevicept
     unsigned found = 0;
     switch (attribute) {
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: found = device ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST; break;
-    case CU_POINTER_ATTRIBUTE_IS_MANAGED: case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: break;
+    case CU_POINTER_ATTRIBUTE_IS_MANAGED: break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: found = device ? device_of(address) : 0; break;
     default: fail("pointer attribute %d is not known", attribute);
     }
     memcpy(value, &found, sizeof found);
@@ -181,7 +161,7 @@ API cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream 
 }
 
 API cuModuleLoadData(CUmodule *module, const void *image) {
-    *module = reinterpret_cast<CUmodule>(new Module{static_cast<const char *>(image), {}});
+    *module = reinterpret_cast<CUmodule>(new Module{static_cast<const char *>(image), current_device(), {}});
     return refuse_while_capturing();
 }
 API cuModuleLoad(CUmodule *, const char *) { return CUDA_ERROR_FILE_NOT_FOUND; }
@@ -189,21 +169,25 @@ API cuModuleUnload(CUmodule module) { delete reinterpret_cast<Module *>(module);
 API cuModuleGetFunction(CUfunction *function, CUmodule handle, const char *name) {
     std::lock_guard lock(modules);
     Module &module = *reinterpret_cast<Module *>(handle);
-    Kernel *&kernel = module.kernels[name];
-    if (!kernel) kernel = find(module, name);
-    *function = reinterpret_cast<CUfunction>(kernel);
-    return kernel ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    Function &found = module.functions[name];
+    if (!found.kernel) found = {find(module, name), module.device};
+    *function = reinterpret_cast<CUfunction>(&found);
+    return found.kernel ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 API cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) fail("function attribute %d is not known", attribute);
     if (value < 0 || (size_t)value > MOST_SHARED) return CUDA_ERROR_INVALID_VALUE;
-    reinterpret_cast<Kernel *>(function)->shared_allowed = value;
+    reinterpret_cast<Function *>(function)->kernel->shared_allowed = value;
     OK;
 }
-API cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
+API cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y, unsigned z,
                    unsigned shared, CUstream stream, void **arguments, void **) {
-    const auto *kernel = reinterpret_cast<Kernel *>(function);
-    return ask(stream, [=, kept = kernel->keep(arguments)] {
+    const auto [kernel, device] = *reinterpret_cast<Function *>(handle);
+    if (device != current_device() || device != stream_device(stream)) return CUDA_ERROR_INVALID_HANDLE;
+    for (const void *argument : kernel->pointers(arguments))
+        if (const auto at = reinterpret_cast<CUdeviceptr>(argument); is_device(at, 1) && device_of(at) != device)
+            fail("kernel %s on device %d was given memory of device %d", kernel->name, device, device_of(at));
+    return ask(stream, [=, kernel = kernel, kept = kernel->keep(arguments)] {
         counts.kernels++;
         return launch({kernel, {grid_x, grid_y, grid_z}, {x, y, z}, shared, kept.get()});
     });

@@ -14,16 +14,17 @@ namespace emulator {
 constexpr unsigned LANES = 32, MOST_THREADS = 1024;
 constexpr size_t SHARED_BY_DEFAULT = 48 << 10, MOST_SHARED = 227 << 10;
 
-// A kernel under its name, with what unpacks its arguments, and what copies them for later.
+// A kernel under its name, with what unpacks its arguments, copies them for later, and tells the addresses among them.
 struct Kernel {
     const char *name;
     void (*call)(void **arguments);
     std::shared_ptr<void *> (*keep)(void **arguments);
+    std::vector<const void *> (*pointers)(void **arguments); // those among the arguments
     size_t shared_allowed = SHARED_BY_DEFAULT; // of dynamic shared memory, in bytes
     Kernel *next;
     static Kernel *first;
 
-    template <class Caller> Kernel(const char *name, Caller) : name(name), call(Caller::call), keep(Caller::keep), next(first) {
+    template <class Caller> Kernel(const char *name, Caller) : name(name), call(Caller::call), keep(Caller::keep), pointers(Caller::pointers), next(first) {
         first = this;
     }
 };

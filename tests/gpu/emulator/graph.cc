@@ -1,5 +1,6 @@
 #include "graph.h"
 
+#include "context.h"
 #include "launch.h"
 #include "memory.h"
 
@@ -23,6 +24,7 @@ struct Graph {
 };
 
 struct Stream {
+    int device;
     Graph *captured = nullptr;
     bool lost = false;
     std::thread::id by;
@@ -31,16 +33,20 @@ struct Stream {
 std::atomic<int> captures;
 thread_local int own_captures;
 
+bool has_handle(CUstream stream) { return stream && stream != CU_STREAM_LEGACY && stream != CU_STREAM_PER_THREAD; }
+
 // The streams that have no handle of their own are never captured.
 Stream *captured(CUstream handle) {
     auto *stream = reinterpret_cast<Stream *>(handle);
-    if (handle == nullptr || handle == CU_STREAM_LEGACY || handle == CU_STREAM_PER_THREAD || !stream->captured) return nullptr;
+    if (!has_handle(handle) || !stream->captured) return nullptr;
     // A driver takes it into the graph, which nobody would want.
     if (stream->by != std::this_thread::get_id()) fail("a stream was asked for work while another thread captured it");
     return stream;
 }
 
 } // namespace
+
+int stream_device(CUstream handle) { return has_handle(handle) ? reinterpret_cast<Stream *>(handle)->device : current_device(); }
 
 CUresult ask(CUstream handle, const Task &task) {
     Stream *stream = captured(handle);
@@ -60,7 +66,7 @@ CUresult refuse_while_capturing(bool of_all) { return (of_all ? captures.load() 
 
 CUresult allocate_in_order(CUdeviceptr *address, size_t bytes, CUstream handle) {
     Stream *stream = captured(handle);
-    const CUresult allocated = allocate(address, bytes);
+    const CUresult allocated = allocate(address, bytes, stream_device(handle));
     if (allocated != CUDA_SUCCESS || !stream) return counts.allocations++, allocated;
     stream->captured->memory[*address] = false;
     hide(*address);
@@ -69,7 +75,10 @@ CUresult allocate_in_order(CUdeviceptr *address, size_t bytes, CUstream handle) 
 
 CUresult release_in_order(CUdeviceptr address, CUstream handle) {
     Stream *stream = captured(handle);
-    if (!stream) return release(address);
+    if (!stream) {
+        if (is_device(address, 1) && device_of(address) != stream_device(handle)) fail("memory was freed on another device's stream");
+        return release(address);
+    }
     auto found = stream->captured->memory.find(address);
     if (found == stream->captured->memory.end() || found->second) return refuse_in_capture(handle), CUDA_ERROR_INVALID_VALUE;
     found->second = true;
@@ -80,7 +89,7 @@ CUresult release_in_order(CUdeviceptr address, CUstream handle) {
 
 using namespace emulator;
 
-API cuStreamCreate(CUstream *stream, unsigned) { *stream = reinterpret_cast<CUstream>(new Stream); OK; }
+API cuStreamCreate(CUstream *stream, unsigned) { *stream = reinterpret_cast<CUstream>(new Stream{current_device()}); OK; }
 API cuStreamDestroy_v2(CUstream stream) { delete reinterpret_cast<Stream *>(stream); OK; }
 API cuStreamSynchronize(CUstream stream) { return refuse_in_capture(stream); }
 API cuStreamQuery(CUstream stream) { return refuse_in_capture(stream); }
@@ -95,7 +104,7 @@ API cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode mode) {
     auto *stream = reinterpret_cast<Stream *>(handle);
     if (mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) fail("capture mode %d is not emulated", mode);
     if (captured(handle)) return CUDA_ERROR_ILLEGAL_STATE;
-    *stream = {new Graph, false, std::this_thread::get_id()};
+    *stream = {stream->device, new Graph, false, std::this_thread::get_id()};
     captures++, own_captures++;
     OK;
 }

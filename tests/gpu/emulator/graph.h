@@ -8,6 +8,9 @@ namespace emulator {
 
 using Task = std::function<CUresult()>;
 
+// That of the current context for the streams that have no handle of their own.
+int stream_device(CUstream stream);
+
 // Does the task now or, where the stream is being captured, when the graph is launched.
 CUresult ask(CUstream stream, const Task &task);
 // For what no graph holds: an error where the stream is being captured, and the capture is lost.

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include "block.h"
+#include "context.h"
 
 #include <signal.h>
 #include <sys/mman.h>
@@ -19,7 +20,8 @@ constexpr size_t MOST_FILLED = 256 << 20; // memory that nobody touches costs no
 
 std::recursive_mutex mutex; // a fault may come while it is held
 std::map<CUdeviceptr, size_t> allocations, pinned;
-size_t used;
+std::map<CUdeviceptr, int> devices; // of allocations
+size_t used[DEVICES];
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 size_t mapped(size_t bytes) { return rounded(bytes, PAGE) + 2 * PAGE; }
@@ -64,17 +66,17 @@ void protect(CUdeviceptr address, size_t bytes, int access) {
 
 } // namespace
 
-CUresult allocate(CUdeviceptr *address, size_t bytes) {
+CUresult allocate(CUdeviceptr *address, size_t bytes, int device) {
     std::lock_guard lock(mutex);
     if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
-    if (bytes > DEVICE_BYTES - used) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (bytes > DEVICE_BYTES - used[device]) return CUDA_ERROR_OUT_OF_MEMORY;
     void *memory = mmap(nullptr, mapped(bytes), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
     char *first = static_cast<char *>(memory) + PAGE;
     if (mprotect(first, rounded(bytes, PAGE), PROT_READ | PROT_WRITE)) fail("no memory left on this machine");
     memset(first, 0xff, std::min(rounded(bytes, PAGE), MOST_FILLED));
     *address = reinterpret_cast<CUdeviceptr>(first) + rounded(bytes, PAGE) - rounded(bytes, GRAIN);
-    allocations[*address] = bytes, used += bytes;
+    allocations[*address] = bytes, devices[*address] = device, used[device] += bytes;
     return CUDA_SUCCESS;
 }
 
@@ -85,7 +87,8 @@ CUresult release(CUdeviceptr address) {
     const size_t bytes = found->second;
     check_margins(address, bytes);
     munmap(mapping(address, bytes), mapped(bytes));
-    allocations.erase(found), used -= bytes;
+    used[devices.at(address)] -= bytes;
+    allocations.erase(found), devices.erase(address);
     return CUDA_SUCCESS;
 }
 
@@ -102,11 +105,15 @@ void show(CUdeviceptr address) {
     memset(mapping(address, bytes) + PAGE, 0xff, std::min(rounded(bytes, PAGE), MOST_FILLED));
 }
 
-size_t used_bytes() {
+size_t used_bytes(int device) {
     std::lock_guard lock(mutex);
-    return used;
+    return used[device];
 }
 bool is_device(CUdeviceptr address, size_t bytes) { return holds(allocations, address, bytes); }
+int device_of(CUdeviceptr address) {
+    std::lock_guard lock(mutex);
+    return devices.at(below(allocations, address)->first);
+}
 
 CUresult allocate_host(void **address, size_t bytes) {
     std::lock_guard lock(mutex);

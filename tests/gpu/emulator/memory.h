@@ -4,17 +4,19 @@
 
 namespace emulator {
 
-constexpr size_t DEVICE_BYTES = 4ull << 30;
+constexpr size_t DEVICE_BYTES = 4ull << 30; // of each device
 
 // All bits set.
-CUresult allocate(CUdeviceptr *address, size_t bytes);
+CUresult allocate(CUdeviceptr *address, size_t bytes, int device);
 CUresult release(CUdeviceptr address);
 // Whether kernels can reach an allocation; when it is shown again, all bits are set.
 void hide(CUdeviceptr address);
 void show(CUdeviceptr address);
-size_t used_bytes();
+size_t used_bytes(int device);
 // Whether these bytes are of one allocation.
 bool is_device(CUdeviceptr address, size_t bytes);
+// Whose memory an address within an allocation is.
+int device_of(CUdeviceptr address);
 // Pinned memory of the host.
 CUresult allocate_host(void **address, size_t bytes);
 CUresult release_host(void *address);

@@ -9,8 +9,13 @@ use host_api::{Dtype, Element, Memory, View, ViewMut};
 
 /// The device of these tests, its primary context current.
 pub fn context() -> Arc<CudaContext> {
+    context_of(0)
+}
+
+/// The same of another.
+pub fn context_of(ordinal: usize) -> Arc<CudaContext> {
     assert_eq!(tests::device_name(), "cuda", "TEST_DEVICE");
-    let context = CudaContext::new(0).unwrap();
+    let context = CudaContext::new(ordinal).unwrap();
     context.bind_to_thread().unwrap();
     context
 }
@@ -35,16 +40,21 @@ pub const KINDS: [Kind; 5] = [Kind::Null, Kind::Legacy, Kind::PerThread, Kind::B
 pub struct Stream {
     pub handle: sys::CUstream,
     own: bool,
+    ordinal: usize,
 }
 
 impl Stream {
     pub fn new(kind: Kind) -> Self {
-        context();
-        let own = |kind| Self { handle: result::stream::create(kind).unwrap(), own: true };
+        Self::on(0, kind)
+    }
+
+    pub fn on(ordinal: usize, kind: Kind) -> Self {
+        context_of(ordinal);
+        let own = |kind| Self { handle: result::stream::create(kind).unwrap(), own: true, ordinal };
         match kind {
-            Kind::Null => Self { handle: std::ptr::null_mut(), own: false },
-            Kind::Legacy => Self { handle: std::ptr::without_provenance_mut(1), own: false },
-            Kind::PerThread => Self { handle: std::ptr::without_provenance_mut(2), own: false },
+            Kind::Null => Self { handle: std::ptr::null_mut(), own: false, ordinal },
+            Kind::Legacy => Self { handle: std::ptr::without_provenance_mut(1), own: false, ordinal },
+            Kind::PerThread => Self { handle: std::ptr::without_provenance_mut(2), own: false, ordinal },
             Kind::Blocking => own(result::stream::StreamKind::Default),
             Kind::NonBlocking => own(result::stream::StreamKind::NonBlocking),
         }
@@ -52,7 +62,7 @@ impl Stream {
 
     /// Where views on this stream are.
     pub fn memory(&self) -> Memory {
-        Memory::Cuda { ordinal: 0, stream: self.handle.cast() }
+        Memory::Cuda { ordinal: self.ordinal, stream: self.handle.cast() }
     }
 
     pub fn wait(&self) {
@@ -101,13 +111,18 @@ impl Drop for Stream {
 pub struct Buffer {
     pub pointer: sys::CUdeviceptr,
     pub bytes: usize,
+    ordinal: usize,
 }
 
 impl Buffer {
     pub fn new(bytes: usize) -> Self {
-        context();
+        Self::on(0, bytes)
+    }
+
+    pub fn on(ordinal: usize, bytes: usize) -> Self {
+        context_of(ordinal);
         // SAFETY: written by those who read it.
-        Self { pointer: unsafe { result::malloc_sync(bytes) }.unwrap(), bytes }
+        Self { pointer: unsafe { result::malloc_sync(bytes) }.unwrap(), bytes, ordinal }
     }
 
     /// With these numbers, rounded to the type.
@@ -116,7 +131,11 @@ impl Buffer {
     }
 
     pub fn raw(bytes: &[u8]) -> Self {
-        let buffer = Self::new(bytes.len());
+        Self::raw_on(0, bytes)
+    }
+
+    pub fn raw_on(ordinal: usize, bytes: &[u8]) -> Self {
+        let buffer = Self::on(ordinal, bytes.len());
         // SAFETY: as long as the bytes.
         unsafe { result::memcpy_htod_sync(buffer.pointer, bytes) }.unwrap();
         buffer
@@ -124,7 +143,7 @@ impl Buffer {
 
     /// What it holds when all work on the device is done.
     pub fn bytes(&self) -> Vec<u8> {
-        context().synchronize().unwrap();
+        context_of(self.ordinal).synchronize().unwrap();
         let mut bytes = vec![0; self.bytes];
         // SAFETY: as long as the bytes.
         unsafe { result::memcpy_dtoh_sync(&mut bytes, self.pointer) }.unwrap();
@@ -177,8 +196,8 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        context();
-        // SAFETY: made by `new`; freeing waits for the device.
+        context_of(self.ordinal);
+        // SAFETY: made by `on`; freeing waits for the device.
         unsafe { result::free_sync(self.pointer) }.unwrap();
     }
 }
