@@ -23,7 +23,7 @@ mod room {
     use candle_core::cuda::cudarc::driver::result::mem_get_info;
     use candle_core::{DType, Device, Tensor};
     use serde_json::json;
-    use tests::dpt::{Texts, corrected, own_config, running};
+    use tests::dpt::{Texts, corrected, own_config, prepared, run, running};
     use tests::hosts::plain;
     use tests::{device, tiny_unet};
 
@@ -45,6 +45,24 @@ mod room {
         let last = after(200);
         // What the driver says moves by whole pieces of its pool, and by other processes.
         assert!(last + (256 << 20) > first, "{} MB more", (first - last) >> 20);
+    }
+
+    /// Each has a graph, and memory for it.
+    #[test]
+    fn twenty_runs_take_no_more_than_the_first_ones() {
+        let texts = Texts::of(&[0, 2]);
+        let mut instance = prepared(plain(), &own_config(json!({})));
+        let mut after = |runs: usize| {
+            for _ in 0..runs {
+                instance.begin(&run(2, texts.text())).unwrap();
+                (0..3).for_each(|index| drop(corrected(&mut instance, index)));
+                instance.end().unwrap();
+            }
+            free(device())
+        };
+        let first = after(2);
+        let last = after(20);
+        assert!(last + (32 << 20) > first, "{} MB more", (first - last) >> 20);
     }
 
     /// Takes nearly all there is: nothing else can run at the time.

@@ -93,9 +93,15 @@ fn convolve(
     (height, width): (usize, usize),
     adjoint: bool,
 ) -> Result<Tensor> {
+    assert!(stride == 1 || stride == 2, "a stride of {stride}");
     let x = fill_up(&channels_last(x)?, 3)?.contiguous()?;
     let (batch, h, w, channels) = x.dims4()?;
-    let outputs = if adjoint { kernel.inputs } else { kernel.outputs };
+    let wanted = if adjoint { kernel.inputs } else { kernel.outputs };
+    // Two channels are written together. The weights are filled up with zeros as it is.
+    let outputs = wanted.next_multiple_of(2);
+    let even = |t: &Tensor| t.pad_with_zeros(t.rank() - 1, 0, outputs - wanted);
+    let (bias, residual) = (bias.map(even).transpose()?, residual.map(even).transpose()?);
+    let (bias, residual) = (bias.as_ref(), residual.as_ref());
     // The kernels count in 32 bits.
     let largest = x.elem_count().max(batch * height * width * outputs);
     if i32::try_from(largest).is_err() {
@@ -139,7 +145,7 @@ fn convolve(
             kernels.launch(&PTX, "convolution_sum", threads_for(count), &arguments)?;
         }
     }
-    channels_first(&y)
+    Ok(channels_first(&y)?.narrow(1, 0, wanted)?)
 }
 
 /// How a convolution is cut into blocks.

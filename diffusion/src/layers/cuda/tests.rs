@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::layers::finite_difference::{numbers, values, weights};
 use crate::layers::{
-    Attended, Conv2d, GroupNorm, LayerNorm, Linear, add_images, cat_channels, geglu, geglu_vjp, narrow_channels,
-    softmax, softmax_vjp, to_image, to_image_onto, to_tokens, upsample_nearest, upsample_nearest_vjp,
+    Attended, Conv2d, GradientScale, GroupNorm, LayerNorm, Linear, add_images, cat_channels, geglu, geglu_vjp,
+    narrow_channels, softmax, softmax_vjp, to_image, to_image_onto, to_tokens, upsample_nearest, upsample_nearest_vjp,
 };
 use crate::{Checkpoint, Result};
 
@@ -51,7 +51,15 @@ fn same(what: &str, found: Result<Tensor>, expected: Result<Tensor>, tolerance: 
 /// Odd sizes, few and many channels, with and without what fills them up, and contractions long enough to be split.
 #[test]
 fn convolutions() {
-    let sizes = [(4, 8, 6, 5), (8, 4, 5, 7), (40, 24, 9, 3), (320, 64, 16, 16), (1280, 1280, 4, 4), (16, 16, 1, 1)];
+    let sizes = [
+        (4, 8, 6, 5),
+        (8, 3, 5, 7),
+        (5, 8, 4, 6),
+        (40, 24, 9, 3),
+        (320, 64, 16, 16),
+        (1280, 1280, 4, 4),
+        (16, 16, 1, 1),
+    ];
     for ((dtype, tolerance), (inputs, outputs, h, w)) in
         TOLERANCES.iter().flat_map(|t| sizes.iter().map(move |s| (*t, *s)))
     {
@@ -186,6 +194,30 @@ fn between_the_products() {
             same("larger", upsample_nearest(&a, size), upsample_nearest(&a64, size), 1e-9);
             let (dy, dy64) = pair(dtype, &values(5, (2, 16, size.0, size.1)));
             same("its gradient", upsample_nearest_vjp(&dy), upsample_nearest_vjp(&dy64), tolerance);
+        }
+    }
+}
+
+/// The largest within f16, far below it and beyond, none, or not a number; more of them than threads in a launch.
+#[test]
+fn scales_of_cotangents() {
+    for (factor, most) in [(3., 40_000), (1e-9, 70), (1e12, 70), (0., 8), (f64::NAN, 8)] {
+        let x = (values(0, most) * factor).unwrap().to_dtype(DType::F32).unwrap();
+        let all = |x: &Tensor| {
+            let scale = GradientScale::of(x, DType::F16).unwrap();
+            let scaled = scale.scaled(x, DType::F16).unwrap();
+            (scale.value().unwrap(), scale.unscaled(&scaled, DType::F32).unwrap(), scaled)
+        };
+        let (found, expected) = (all(&x.to_device(&cuda()).unwrap()), all(&x));
+        assert_eq!(found.0, expected.0, "the scale of {factor}");
+        if factor.is_nan() {
+            continue;
+        }
+        let largest = expected.2.to_dtype(DType::F32).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(factor == 0. || (0.99..2.).contains(&largest.to_scalar::<f32>().unwrap()), "{factor}");
+        for (found, expected) in [(found.1, expected.1), (found.2, expected.2)] {
+            let numbers = |t: &Tensor| numbers(&t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap());
+            assert_eq!(numbers(&found), numbers(&expected), "{factor}");
         }
     }
 }

@@ -8,9 +8,9 @@
 struct Shape {
     int batch;
     int from_height, from_width, from_channels; // what is read; channels a multiple of 8
-    int to_height, to_width, to_channels;       // what is written; any number of channels
+    int to_height, to_width, to_channels;       // what is written, two channels together
     int weight_rows, weight_columns;            // outputs and inputs of the weights
-    int stride, padding;
+    int stride, padding; // a stride of 1 or 2
     int bias_stride; // from one image's biases to the next's; 0: the same for all
     int splits;      // of the contraction
 };
@@ -37,7 +37,7 @@ __device__ void convolution(const T *x, const T *weights, const T *bias, const T
     // For each pixel whose neighbourhood this thread copies: where the first tap reads, and which taps are inside the image.
     // What a tap adds to the place is the same for all: with the gradient of stride 2, whose taps fall between pixels
     // unless row and tap agree in parity, it is a step back for the last tap alone.
-    const int chunk = threadIdx.x % CHUNKS;
+    const int chunk = threadIdx.x % CHUNKS, halved = s.stride - 1; // by how many bits, and what is lost
     int first[LOADS_A], taps[LOADS_A];
 #pragma unroll
     for (int i = 0; i < LOADS_A; i++) {
@@ -45,15 +45,15 @@ __device__ void convolution(const T *x, const T *weights, const T *bias, const T
         const int row = m % pixels / s.to_width, column = m % s.to_width;
         const int r = ADJOINT ? row + s.padding : row * s.stride - s.padding;
         const int q = ADJOINT ? column + s.padding : column * s.stride - s.padding;
-        const int down = ADJOINT ? r / s.stride : r, right = ADJOINT ? q / s.stride : q;
+        const int down = ADJOINT ? r >> halved : r, right = ADJOINT ? q >> halved : q;
         first[i] = ((m / pixels * s.from_height + down) * s.from_width + right) * s.from_channels + chunk * 8;
         taps[i] = 0;
         for (int tap = 0; tap < 9 && m < s.batch * pixels; tap++) {
             int tap_r = ADJOINT ? r - tap / 3 : r + tap / 3, tap_q = ADJOINT ? q - tap % 3 : q + tap % 3;
             bool inside = tap_r >= 0 && tap_q >= 0;
             if (ADJOINT) {
-                inside = inside && tap_r % s.stride == 0 && tap_q % s.stride == 0;
-                tap_r /= s.stride, tap_q /= s.stride;
+                inside = inside && ((tap_r | tap_q) & halved) == 0;
+                tap_r >>= halved, tap_q >>= halved;
             }
             taps[i] |= (inside && tap_r < s.from_height && tap_q < s.from_width) << tap;
         }
@@ -130,6 +130,7 @@ __device__ void convolution(const T *x, const T *weights, const T *bias, const T
     }
 
     // Where each lane's values lie: rows lane / 4 and 8 further, columns 2 (lane % 4) and the next.
+    partial += (long)blockIdx.z * s.batch * pixels * s.to_channels;
 #pragma unroll
     for (int i = 0; i < TILES_M; i++) {
 #pragma unroll
@@ -139,20 +140,20 @@ __device__ void convolution(const T *x, const T *weights, const T *bias, const T
             const T *item_bias = bias ? bias + (long)(m / pixels) * s.bias_stride : nullptr;
 #pragma unroll
             for (int j = 0; j < TILES_N; j++) {
-#pragma unroll
-                for (int next = 0; next < 2; next++) {
-                    const int n = n0 + warp_n + j * 8 + lane % 4 * 2 + next;
-                    if (n >= s.to_channels) continue;
-                    float value = sums[i][j][below * 2 + next];
-                    const long at = (long)m * s.to_channels + n;
-                    if (s.splits > 1) {
-                        partial[(long)blockIdx.z * s.batch * pixels * s.to_channels + at] = value;
-                        continue;
-                    }
-                    if (item_bias) value += Half<T>::wide(item_bias[n]);
-                    if (residual) value += Half<T>::wide(residual[at]);
-                    y[at] = Half<T>::narrow(value);
+                const int n = n0 + warp_n + j * 8 + lane % 4 * 2;
+                if (n >= s.to_channels) continue;
+                const long at = (long)m * s.to_channels + n;
+                float2 value = {sums[i][j][below * 2], sums[i][j][below * 2 + 1]};
+                if (s.splits > 1) {
+                    *reinterpret_cast<float2 *>(partial + at) = value;
+                    continue;
                 }
+                if (item_bias) value.x += Half<T>::wide(item_bias[n]), value.y += Half<T>::wide(item_bias[n + 1]);
+                if (residual) {
+                    const float2 more = Half<T>::wide(*reinterpret_cast<const typename Half<T>::Pair *>(residual + at));
+                    value.x += more.x, value.y += more.y;
+                }
+                *reinterpret_cast<uint32_t *>(y + at) = pack<T>(value.x, value.y);
             }
         }
     }
