@@ -139,7 +139,13 @@ impl State {
         let _uploads = device.enable_cuda_graph_htod_cache();
         let results = work(&owned(inputs), Pass::Now)?;
         if matches!(self, Self::Fresh) {
-            *self = Self::Known { places: Places::new(inputs, &results)?, failures: 0 };
+            *self = match Places::new(inputs, &results) {
+                Ok(places) => Self::Known { places, failures: 0 },
+                Err(error) => {
+                    *outcome = Some(Err(error));
+                    Self::Refused
+                }
+            };
         }
         Ok(results)
     }

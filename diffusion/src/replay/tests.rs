@@ -101,6 +101,47 @@ fn what_cannot_be_captured_is_done_as_it_is() {
     }
 }
 
+/// A graph takes its memory as it is launched. Where there is none left, there is none for the work as it is either, and that is the
+/// error; later steps go on.
+#[test]
+fn a_graph_without_memory_is_given_up() {
+    let fill = |bytes: usize| Tensor::zeros(bytes, DType::U8, &cuda()).unwrap();
+    let free = || candle_core::cuda::cudarc::driver::result::mem_get_info().unwrap().0;
+    // Eight results of 16 MB at a time.
+    let work = |x: &Tensor| -> Result<Vec<Tensor>> {
+        let wide = x.broadcast_as((1 << 22, 1))?;
+        let all = (0..8).map(|i| wide.affine(1., f64::from(i))).collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(vec![all.iter().try_fold(all[0].zeros_like()?, |sum, x| sum + x)?.narrow(0, 0, 3)?.contiguous()?])
+    };
+    let mut replay = Replay::new(true);
+    let mut step = |seed| {
+        let x = on_cuda(&values(seed, 1));
+        let mut passes = 0;
+        let found = replay.run(&[&x], |inputs, _| {
+            passes += 1;
+            work(&inputs[0])
+        });
+        let found = found.map(|found| assert_eq!(all(&found), all(&work(&x).unwrap()), "{seed}"));
+        (found, passes, replay.outcome())
+    };
+    assert!(matches!(step(0), (Ok(()), 1, None)));
+    assert!(matches!(step(1), (Ok(()), 1, Some(Ok(())))));
+    assert!(matches!(step(2), (Ok(()), 0, None)));
+    // Others take what the graph had.
+    crate::device::release_graphs(0);
+    let mut hoard = Vec::new();
+    while free() > 256 << 20 {
+        hoard.push(fill(128 << 20));
+    }
+    hoard.push(fill(free() - (64 << 20)));
+    let (found, passes, outcome) = step(3);
+    drop(hoard);
+    assert!(found.unwrap_err().is_out_of_memory());
+    assert_eq!(passes, 1);
+    assert!(outcome.unwrap().unwrap_err().is_out_of_memory());
+    assert!(matches!(step(4), (Ok(()), 1, None)));
+}
+
 /// While another thread asks for work nothing is captured; it waits while something is.
 #[test]
 fn threads_that_ask_put_off_captures() {

@@ -4,8 +4,11 @@
 #include "launch.h"
 #include "memory.h"
 
+#include <algorithm>
 #include <atomic>
 #include <map>
+#include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -15,13 +18,47 @@
 namespace emulator {
 namespace {
 
+// Its memory is the device's once it is launched, as much as is in use at a time, and until the memory of graphs is trimmed.
 struct Graph {
-    std::vector<Task> tasks;
-    std::map<CUdeviceptr, bool> memory; // that it allocates, and whether it frees it
-    ~Graph() {
-        for (const auto &[address, freed] : memory) show(address), release(address);
+    struct Piece {
+        size_t bytes;
+        bool freed;
+    };
+    int device;
+    std::vector<Task> tasks = {};
+    std::map<CUdeviceptr, Piece> memory = {}; // that it allocates
+    size_t in_use = 0, most_in_use = 0;
+    bool has_memory = false;
+
+    explicit Graph(int device) : device(device) {
+        std::lock_guard lock(mutex);
+        all.insert(this);
     }
+    ~Graph();
+    bool take_memory();
+
+    static std::mutex mutex;
+    static std::set<Graph *> all;
+    static size_t idle[DEVICES]; // of graphs that are gone
 };
+std::mutex Graph::mutex;
+std::set<Graph *> Graph::all;
+size_t Graph::idle[DEVICES];
+
+Graph::~Graph() {
+    for (const auto &[address, piece] : memory) reserve(device, piece.bytes), show(address), release(address);
+    std::lock_guard lock(mutex);
+    all.erase(this);
+    if (has_memory) idle[device] += most_in_use;
+}
+
+bool Graph::take_memory() {
+    std::lock_guard lock(mutex);
+    const size_t found = std::min(idle[device], most_in_use);
+    if (!has_memory && !reserve(device, most_in_use - found)) return false;
+    if (!has_memory) idle[device] -= found;
+    return has_memory = true;
+}
 
 struct Stream {
     int device;
@@ -68,8 +105,10 @@ CUresult allocate_in_order(CUdeviceptr *address, size_t bytes, CUstream handle) 
     Stream *stream = captured(handle);
     const CUresult allocated = allocate(address, bytes, stream_device(handle));
     if (allocated != CUDA_SUCCESS || !stream) return counts.allocations++, allocated;
-    stream->captured->memory[*address] = false;
-    hide(*address);
+    Graph &graph = *stream->captured;
+    graph.memory[*address] = {bytes, false};
+    graph.most_in_use = std::max(graph.most_in_use, graph.in_use += bytes);
+    hide(*address), reserve(graph.device, -(ptrdiff_t)bytes);
     return ask(handle, [at = *address] { return counts.allocations++, show(at), CUDA_SUCCESS; });
 }
 
@@ -80,8 +119,8 @@ CUresult release_in_order(CUdeviceptr address, CUstream handle) {
         return release(address);
     }
     auto found = stream->captured->memory.find(address);
-    if (found == stream->captured->memory.end() || found->second) return refuse_in_capture(handle), CUDA_ERROR_INVALID_VALUE;
-    found->second = true;
+    if (found == stream->captured->memory.end() || found->second.freed) return refuse_in_capture(handle), CUDA_ERROR_INVALID_VALUE;
+    found->second.freed = true, stream->captured->in_use -= found->second.bytes;
     return ask(handle, [address] { return hide(address), CUDA_SUCCESS; });
 }
 
@@ -104,7 +143,7 @@ API cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode mode) {
     auto *stream = reinterpret_cast<Stream *>(handle);
     if (mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) fail("capture mode %d is not emulated", mode);
     if (captured(handle)) return CUDA_ERROR_ILLEGAL_STATE;
-    *stream = {stream->device, new Graph, false, std::this_thread::get_id()};
+    *stream = {stream->device, new Graph(stream->device), false, std::this_thread::get_id()};
     captures++, own_captures++;
     OK;
 }
@@ -128,13 +167,20 @@ API cuGraphInstantiateWithFlags(CUgraphExec *launchable, CUgraph graph, unsigned
 API cuGraphExecDestroy(CUgraphExec) { OK; }
 API cuGraphDestroy(CUgraph graph) { delete reinterpret_cast<Graph *>(graph); OK; }
 API cuGraphLaunch(CUgraphExec launchable, CUstream stream) {
-    const auto &graph = *reinterpret_cast<Graph *>(launchable);
+    auto &graph = *reinterpret_cast<Graph *>(launchable);
     if (const CUresult refused = refuse_in_capture(stream)) return refused;
-    for (const auto &[address, freed] : graph.memory)
-        if (!freed) fail("a graph is launched that does not free what it allocates: a second launch would be refused");
+    for (const auto &[address, piece] : graph.memory)
+        if (!piece.freed) fail("a graph is launched that does not free what it allocates: a second launch would be refused");
+    if (!graph.take_memory()) return CUDA_ERROR_OUT_OF_MEMORY;
     counts.graphs++, counts.in_graphs += graph.tasks.size() - graph.memory.size(); // what is freed is not counted
     for (const Task &task : graph.tasks)
         if (const CUresult failed = task()) return failed;
     OK;
 }
-API cuDeviceGraphMemTrim(CUdevice) { OK; }
+API cuDeviceGraphMemTrim(CUdevice device) {
+    std::lock_guard lock(Graph::mutex);
+    for (Graph *graph : Graph::all)
+        if (graph->device == device && std::exchange(graph->has_memory, false)) Graph::idle[device] += graph->most_in_use;
+    reserve(device, -(ptrdiff_t)std::exchange(Graph::idle[device], 0));
+    OK;
+}

@@ -109,6 +109,12 @@ size_t used_bytes(int device) {
     std::lock_guard lock(mutex);
     return used[device];
 }
+bool reserve(int device, ptrdiff_t bytes) {
+    std::lock_guard lock(mutex);
+    if (bytes > (ptrdiff_t)(DEVICE_BYTES - used[device])) return false;
+    used[device] += bytes;
+    return true;
+}
 bool is_device(CUdeviceptr address, size_t bytes) { return holds(allocations, address, bytes); }
 int device_of(CUdeviceptr address) {
     std::lock_guard lock(mutex);

@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda.h>
 
+#include <cstddef>
+
 namespace emulator {
 
 constexpr size_t DEVICE_BYTES = 4ull << 30; // of each device
@@ -13,6 +15,8 @@ CUresult release(CUdeviceptr address);
 void hide(CUdeviceptr address);
 void show(CUdeviceptr address);
 size_t used_bytes(int device);
+// Takes from, or gives back to, what is left of a device without an address; false where there is less.
+bool reserve(int device, ptrdiff_t bytes);
 // Whether these bytes are of one allocation.
 bool is_device(CUdeviceptr address, size_t bytes);
 // Whose memory an address within an allocation is.
