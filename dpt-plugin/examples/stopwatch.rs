@@ -146,24 +146,23 @@ impl Stopwatch {
             let features = unet.features(&z, &times, &run.text, block)?.to_dtype(DType::F32)?;
             device.synchronize()?;
             let started = Instant::now();
-            let results = run.replay.run(&[&features, &adapter.sinusoids(&times)?], |inputs, _| {
-                let (scores, gradient) = score_and_gradient(adapter, &inputs[0], &inputs[1], &run.pooled)?;
-                Ok::<_, dpt_plugin::Error>(vec![scores, gradient])
+            let [gradient] = run.replay.run([&features, &adapter.sinusoids(&times)?], |[features, sinusoids], _| {
+                Ok::<_, dpt_plugin::Error>([score_and_gradient(adapter, features, sinusoids, &run.pooled)?.1])
             })?;
-            numbers(&results[1])?;
+            numbers(&gradient)?;
             let seconds = started.elapsed().as_secs_f64();
             run.replay.outcome().transpose()?;
             return Ok(seconds);
         }
         let z = z.to_dtype(DType::F32)?;
         let inputs = [&z, &unet.sinusoids(&times)?, &adapter.sinusoids(&times)?];
-        let results = run.replay.run(&inputs, |inputs, _| {
-            let (features, tape) = unet.forward_to_at(&inputs[0], &inputs[1], &run.text, block)?;
+        let [gradient] = run.replay.run(inputs, |[z, own_times, adapters_times], _| {
+            let (features, tape) = unet.forward_to_at(z, own_times, &run.text, block)?;
             let features = features.to_dtype(DType::F32)?;
-            let (_, cotangent) = score_and_gradient(adapter, &features, &inputs[2], &run.pooled)?;
-            Ok::<_, dpt_plugin::Error>(vec![unet.vjp(tape, &cotangent)?.to_dtype(DType::F32)?])
+            let (_, cotangent) = score_and_gradient(adapter, &features, adapters_times, &run.pooled)?;
+            Ok::<_, dpt_plugin::Error>([unet.vjp(tape, &cotangent)?.to_dtype(DType::F32)?])
         })?;
-        (&z + correction(&z, &results[0], 0.5, None)?)?;
+        (&z + correction(&z, &gradient, 0.5, None)?)?;
         device.synchronize()?;
         let seconds = started.elapsed().as_secs_f64();
         run.replay.outcome().transpose()?;

@@ -166,8 +166,7 @@ impl OwnUNet {
         let times = vec![step.timestep; latents.dim(0)?];
         let (own_times, adapters_times) = (self.unet.sinusoids(&times)?, adapter.sinusoids(&times)?);
         let inputs = [latents, scale, eta, &own_times, &adapters_times];
-        let mut results = replay.run(&inputs, |inputs, pass| {
-            let [latents, scale, eta, own_times, adapters_times] = inputs else { unreachable!("as many as above") };
+        let results = replay.run(inputs, |[latents, scale, eta, own_times, adapters_times], pass| {
             let stop = || if pass == Pass::Now { stop() } else { Ok(()) };
             let mut batch = Batch::new(latents, scale)?;
             batch.check_texts(pooled)?;
@@ -181,10 +180,9 @@ impl OwnUNet {
             stop()?;
             let gradient = pool.run(|| self.unet.vjp(tape, &cotangent))?.to_dtype(DType::F32)?;
             let (corrected, numbers) = batch.corrected(&scores, &gradient, eta, *bound)?;
-            Ok::<_, Error>(vec![corrected, numbers])
+            Ok::<_, Error>([corrected, numbers])
         })?;
-        let (numbers, corrected) = (results.pop(), results.pop());
-        Ok((corrected.expect("the first"), numbers.expect("the second")))
+        Ok(results.into())
     }
 }
 
@@ -197,13 +195,10 @@ pub(crate) fn replayed(
     sinusoids: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     let Conditioning { pooled, replay, .. } = text;
-    let mut results = replay.run(&[features, sinusoids], |inputs, _| {
-        let [features, sinusoids] = inputs else { unreachable!("as many as above") };
-        let (scores, cotangent) = pool.run(|| score_and_gradient(adapter, features, sinusoids, pooled))?;
-        Ok::<_, Error>(vec![scores, cotangent])
+    let results = replay.run([features, sinusoids], |[features, sinusoids], _| {
+        Ok::<_, Error>(pool.run(|| score_and_gradient(adapter, features, sinusoids, pooled))?.into())
     })?;
-    let (cotangent, scores) = (results.pop(), results.pop());
-    Ok((scores.expect("the first"), cotangent.expect("the second")))
+    Ok(results.into())
 }
 
 /// The features are those that the adapter reads, of a batch.

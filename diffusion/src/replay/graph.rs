@@ -9,7 +9,7 @@ use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamC
 use candle_core::cuda::cudarc::driver::{CudaGraph, CudaStream};
 use candle_core::{Device, Tensor};
 
-use super::{Pass, askers, owned};
+use super::{Pass, askers};
 use crate::device::{release_graphs, release_pool};
 use crate::{Error, Result};
 
@@ -19,7 +19,7 @@ const ATTEMPTS: usize = 2;
 /// Graphs that there are, of all devices.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
-pub(super) type Work<'a, E> = dyn FnMut(&[Tensor], Pass) -> std::result::Result<Vec<Tensor>, E> + 'a;
+pub(super) type Work<'a, E> = dyn FnMut(&[&Tensor], Pass) -> std::result::Result<Vec<Tensor>, E> + 'a;
 
 /// What there is of a graph.
 #[derive(Default)]
@@ -104,7 +104,7 @@ impl State {
         outcome: &mut Option<Result<()>>,
     ) -> std::result::Result<Vec<Tensor>, E> {
         if matches!(self, Self::Refused) {
-            return work(&owned(inputs), Pass::Now);
+            return work(inputs, Pass::Now);
         }
         if !self.fits(inputs) {
             *self = Self::Fresh;
@@ -115,7 +115,7 @@ impl State {
                 Err(error) => {
                     *self = Self::Refused;
                     *outcome = Some(Err(error));
-                    return work(&owned(inputs), Pass::Now);
+                    return work(inputs, Pass::Now);
                 }
             }
         }
@@ -137,7 +137,7 @@ impl State {
             }
         }
         let _uploads = device.enable_cuda_graph_htod_cache();
-        let results = work(&owned(inputs), Pass::Now)?;
+        let results = work(inputs, Pass::Now)?;
         if matches!(self, Self::Fresh) {
             *self = match Places::new(inputs, &results) {
                 Ok(places) => Self::Known { places, failures: 0 },
@@ -172,7 +172,8 @@ impl Places {
 
     /// Does the work from place to place, all of whose other tensors are freed then.
     fn receive<E: Display>(&self, work: &mut Work<'_, E>) -> Result<()> {
-        let results = work(&self.inputs, Pass::Captured).map_err(|error| Error::Unsupported(error.to_string()))?;
+        let inputs: Vec<&Tensor> = self.inputs.iter().collect();
+        let results = work(&inputs, Pass::Captured).map_err(|error| Error::Unsupported(error.to_string()))?;
         assert_eq!(results.len(), self.outputs.len(), "results of the same work");
         results.iter().zip(&self.outputs).try_for_each(|(result, place)| put(result, place))
     }

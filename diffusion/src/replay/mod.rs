@@ -66,20 +66,19 @@ impl Replay {
     /// It must depend on nothing but the inputs, and on tensors that stay what and where they are as long as this is used; and it
     /// must not read numbers back, bring them from main memory or, after a first time, keep any tensor. With inputs of other shapes or
     /// dtypes it is captured anew.
-    pub fn run<E: From<Error> + Display>(
+    pub fn run<const I: usize, const O: usize, E: From<Error> + Display>(
         &mut self,
-        inputs: &[&Tensor],
-        mut work: impl FnMut(&[Tensor], Pass) -> std::result::Result<Vec<Tensor>, E>,
-    ) -> std::result::Result<Vec<Tensor>, E> {
+        inputs: [&Tensor; I],
+        mut work: impl FnMut([&Tensor; I], Pass) -> std::result::Result<[Tensor; O], E>,
+    ) -> std::result::Result<[Tensor; O], E> {
         #[cfg(feature = "cuda")]
-        if let Some(device) = graph::device_of(inputs).filter(|_| self.captures) {
+        if let Some(device) = graph::device_of(&inputs).filter(|_| self.captures) {
             let Self { state, outcome, .. } = self;
-            return state.run(&device, inputs, &mut work, outcome);
+            let mut work =
+                |inputs: &[&Tensor], pass| work(inputs.try_into().expect("as many as were given"), pass).map(Vec::from);
+            let results = state.run(&device, &inputs, &mut work, outcome)?;
+            return Ok(results.try_into().expect("as many as the work made"));
         }
-        work(&owned(inputs), Pass::Now)
+        work(inputs, Pass::Now)
     }
-}
-
-fn owned(inputs: &[&Tensor]) -> Vec<Tensor> {
-    inputs.iter().map(|input| (*input).clone()).collect()
 }

@@ -17,11 +17,10 @@ fn on_cuda(x: &Tensor) -> Tensor {
 }
 
 /// Products, sums of broadcast shapes, zeros: what uploads shapes, sets memory, and calls cuBLAS.
-fn work(inputs: &[Tensor], fixed: &Tensor) -> Result<Vec<Tensor>> {
-    let [x, by] = inputs else { unreachable!() };
+fn work([x, by]: [&Tensor; 2], fixed: &Tensor) -> Result<[Tensor; 2]> {
     let y = x.matmul(fixed)?.broadcast_mul(by)?;
     let sum = (y.t()?.contiguous()? + y.zeros_like()?.t()?)?.sum_keepdim(0)?;
-    Ok(vec![y.broadcast_add(&sum.t()?)?, sum.max_all()?])
+    Ok([y.broadcast_add(&sum.t()?)?, sum.max_all()?])
 }
 
 fn fixed() -> Tensor {
@@ -45,11 +44,11 @@ fn what_is_replayed_is_what_would_be_done() {
     let mut kept = Vec::new();
     for (seed, rows) in [(1, 4), (2, 4), (3, 4), (4, 4), (5, 7), (6, 7), (7, 7), (8, 4)] {
         let inputs = inputs(seed, rows);
-        let found = replay.run(&[&inputs[0], &inputs[1]], |inputs, pass| {
+        let found = replay.run(inputs.each_ref(), |inputs, pass| {
             passes.push(pass);
             work(inputs, &fixed)
         });
-        kept.push((found.unwrap(), work(&inputs, &fixed).unwrap()));
+        kept.push((found.unwrap(), work(inputs.each_ref(), &fixed).unwrap()));
     }
     // Results are of their own: later passes left them as they were.
     for (found, expected) in kept {
@@ -64,12 +63,12 @@ fn nothing_is_captured_unasked() {
     let (mut replay, fixed, calls) = (Replay::new(false), fixed(), AtomicUsize::new(0));
     for seed in 0..4 {
         let inputs = inputs(seed, 4);
-        let results = replay.run(&[&inputs[0], &inputs[1]], |inputs, pass| {
+        let results = replay.run(inputs.each_ref(), |inputs, pass| {
             calls.fetch_add(1, Ordering::Relaxed);
             assert_eq!(pass, Pass::Now);
             work(inputs, &fixed)
         });
-        assert_eq!(all(&results.unwrap()), all(&work(&inputs, &fixed).unwrap()));
+        assert_eq!(all(&results.unwrap()), all(&work(inputs.each_ref(), &fixed).unwrap()));
     }
     assert_eq!(calls.into_inner(), 4);
 }
@@ -82,9 +81,9 @@ fn what_cannot_be_captured_is_done_as_it_is() {
         let (mut replay, mut captures, mut other) = (Replay::new(true), 0, Some(inputs(9, 4)));
         for seed in 0..5u8 {
             let x = inputs(seed.into(), 4)[0].clone();
-            let found = replay.run(&[&x], |inputs, pass| {
+            let found = replay.run([&x], |[x], pass| {
                 captures += usize::from(pass == Pass::Captured);
-                let y = inputs[0].affine(2., 1.)?;
+                let y = x.affine(2., 1.)?;
                 match what {
                     "reads numbers" => drop(y.to_vec2::<f32>()?),
                     "uploads" => drop(Tensor::from_vec(vec![seed; 20], 20, y.device())?),
@@ -92,7 +91,7 @@ fn what_cannot_be_captured_is_done_as_it_is() {
                     "fails" if pass == Pass::Captured => return Err(Error::Input("not now".into())),
                     _ => {}
                 }
-                Ok(vec![y])
+                Ok([y])
             });
             assert_eq!(all(&found.unwrap()), all(&[x.affine(2., 1.).unwrap()]), "{what}");
         }
@@ -108,18 +107,18 @@ fn a_graph_without_memory_is_given_up() {
     let fill = |bytes: usize| Tensor::zeros(bytes, DType::U8, &cuda()).unwrap();
     let free = || candle_core::cuda::cudarc::driver::result::mem_get_info().unwrap().0;
     // Eight results of 16 MB at a time.
-    let work = |x: &Tensor| -> Result<Vec<Tensor>> {
+    let work = |x: &Tensor| -> Result<[Tensor; 1]> {
         let wide = x.broadcast_as((1 << 22, 1))?;
         let all = (0..8).map(|i| wide.affine(1., f64::from(i))).collect::<candle_core::Result<Vec<_>>>()?;
-        Ok(vec![all.iter().try_fold(all[0].zeros_like()?, |sum, x| sum + x)?.narrow(0, 0, 3)?.contiguous()?])
+        Ok([all.iter().try_fold(all[0].zeros_like()?, |sum, x| sum + x)?.narrow(0, 0, 3)?.contiguous()?])
     };
     let mut replay = Replay::new(true);
     let mut step = |seed| {
         let x = on_cuda(&values(seed, 1));
         let mut passes = 0;
-        let found = replay.run(&[&x], |inputs, _| {
+        let found = replay.run([&x], |[x], _| {
             passes += 1;
-            work(&inputs[0])
+            work(x)
         });
         let found = found.map(|found| assert_eq!(all(&found), all(&work(&x).unwrap()), "{seed}"));
         (found, passes, replay.outcome())
@@ -147,20 +146,21 @@ fn a_graph_without_memory_is_given_up() {
 fn threads_that_ask_put_off_captures() {
     let (mut replay, fixed, mut passes) = (Replay::new(true), fixed(), Vec::new());
     let mut step = |seed| {
-        let inputs = inputs(seed, 4);
-        let results = replay.run(&[&inputs[0], &inputs[1]], |inputs, pass| {
+        let (inputs, mut waiting) = (inputs(seed, 4), None);
+        let results = replay.run(inputs.each_ref(), |inputs, pass| {
             passes.push(pass);
             if pass == Pass::Captured {
-                let other = std::thread::spawn(|| {
+                let other = waiting.insert(std::thread::spawn(|| {
                     let _asking = asking();
                     all(&[fixed_twice()])
-                });
+                }));
                 std::thread::sleep(std::time::Duration::from_millis(20));
                 assert!(!other.is_finished(), "it asked a stream that was being captured");
             }
             work(inputs, &fixed)
         });
-        assert_eq!(all(&results.unwrap()), all(&work(&inputs, &fixed).unwrap()));
+        waiting.into_iter().for_each(|other| assert_eq!(other.join().unwrap(), all(&[fixed_twice()])));
+        assert_eq!(all(&results.unwrap()), all(&work(inputs.each_ref(), &fixed).unwrap()));
     };
     step(0);
     std::thread::scope(|scope| {
