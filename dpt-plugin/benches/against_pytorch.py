@@ -53,7 +53,9 @@ class Side:
 
 
 def measure(a, sides):
-    pieces = ["guided", *(f"{what} {tap}" for tap in a.taps for what in ("features", "correct"))]
+    # On a GPU a step is launched as a graph, or as it is done plainly.
+    steps = ("correct",) if a.device == "cpu" else ("correct", "plain")
+    pieces = ["guided", *(f"{what} {tap}" for tap in a.taps for what in ("features", *steps))]
     table = []
     for size in a.sizes:
         for batch in a.batches:

@@ -61,7 +61,7 @@ class Stopwatch:
         self.synchronize()
         started = time.perf_counter()
         z = latents.to(self.device)
-        if what == "correct":
+        if what in ("correct", "plain"):
             z.requires_grad_()
             features = self.features(tap, z.to(self.dtype), context).float()
             times = torch.full((rows,), TIMESTEP, device=self.device)

@@ -3,10 +3,12 @@
 //!
 //! `stopwatch UNET_FOLDER DEVICE DTYPE [TAP]` reads lines `WHAT SIZE BATCH` and answers each with seconds. WHAT is `guided` (the
 //! noise of two times BATCH latents of SIZE x SIZE), `features TAP` (the U-Net up to a tap), `adapter TAP` (the score of a
-//! tap's features and its gradient), or `correct TAP` (features, the adapter's score, its gradient down to the latents, and Eq. 9). With a
-//! TAP of its own the U-Net is loaded up to there only, as a plugin loads it. The adapter is untrained and of the released sizes; the text's keys and
-//! values are ready before, as in a run, which makes them once. On CUDA the third time of one thing is the first of those that follow:
-//! a plugin's first step is done as it is, and its second captured as a graph.
+//! tap's features and its gradient), `correct TAP` (features, the adapter's score, its gradient down to the latents, and Eq. 9), or
+//! `plain TAP` (the same without CUDA graphs). With a TAP of its own the U-Net is loaded up to there only, as a plugin loads it.
+//!
+//! The adapter is untrained and of the released sizes; the text's keys and values are ready before, as in a run, which makes them
+//! once. On CUDA the third time of one thing is the first of those that follow: a plugin's first step is done as it is, and its second
+//! captured as a graph.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -106,10 +108,10 @@ impl Stopwatch {
         let words: Vec<&str> = line.split_whitespace().collect();
         let (what, tap, size, batch) = match words[..] {
             ["guided", size, batch] => ("guided", None, size, batch),
-            [what @ ("features" | "adapter" | "correct"), tap, size, batch] => (what, Some(tap), size, batch),
+            [what @ ("features" | "adapter" | "correct" | "plain"), tap, size, batch] => (what, Some(tap), size, batch),
             _ => {
                 return Err(format!(
-                    "`{line}`: expected `guided SIZE BATCH` or `features|adapter|correct TAP SIZE BATCH`"
+                    "`{line}`: expected `guided SIZE BATCH` or `features|adapter|correct|plain TAP SIZE BATCH`"
                 )
                 .into());
             }
@@ -124,7 +126,7 @@ impl Stopwatch {
         let times = vec![TIMESTEP; rows];
         let key = format!("{what} {tap:?} {rows}");
         if !self.runs.contains_key(&key) {
-            let run = self.run(rows)?;
+            let run = self.run(rows, what != "plain")?;
             self.runs.insert(key.clone(), run);
         }
         let (unet, run) = (&self.unet, self.runs.get_mut(&key).expect("it was made"));
@@ -169,12 +171,12 @@ impl Stopwatch {
         Ok(seconds)
     }
 
-    /// A run of `rows` texts.
-    fn run(&mut self, rows: usize) -> Result<Run> {
+    /// A run of `rows` texts, its steps launched as graphs or not.
+    fn run(&mut self, rows: usize, graphs: bool) -> Result<Run> {
         let (device, width) = (self.unet.device().clone(), self.unet.config().cross_attention_dim);
         let context = self.noise.tensor(&[rows, TOKENS, width], &device)?;
         let pooled = self.noise.tensor(&[rows, width], &device)?;
-        Ok(Run { text: self.unet.text(&context)?, pooled, replay: Replay::new(true) })
+        Ok(Run { text: self.unet.text(&context)?, pooled, replay: Replay::new(graphs) })
     }
 }
 
