@@ -13,7 +13,7 @@
 # It finds wrong numbers, accesses outside allocations or not aligned, reads of what was never written, missing barriers and waits
 # for copies, barriers that not all reach, launches that a driver refuses. It cannot show speed, bank conflicts, what lanes of a
 # warp do between two instructions that join them, the rounding of the GPU's own functions, nor anything about streams: all work
-# is done when it is asked for.
+# is done when it is asked for or, captured, when its graph is launched. There are two devices.
 set -euo pipefail
 programs=$(cd "${1:?the folder of build.sh}" && pwd)
 filter=${2:-}

@@ -42,7 +42,10 @@ impl GradientScale {
         {
             return Ok(scaled);
         }
-        Ok((cotangent * self.value()?)?.to_dtype(dtype)?)
+        match self {
+            Self::One => Ok(cotangent.to_dtype(dtype)?),
+            Self::Largest(_) => Ok((cotangent * self.value()?)?.to_dtype(dtype)?),
+        }
     }
 
     /// A gradient of the pass, not scaled any more, in `dtype`.
@@ -54,6 +57,9 @@ impl GradientScale {
         {
             return Ok(unscaled);
         }
-        Ok((gradient.to_dtype(dtype)? / self.value()?)?)
+        match self {
+            Self::One => Ok(gradient.to_dtype(dtype)?),
+            Self::Largest(_) => Ok((gradient.to_dtype(dtype)? / self.value()?)?),
+        }
     }
 }

@@ -94,6 +94,9 @@ impl<'a> LoraGradients<'a> {
 
     /// What was found, by module, divided by the factor that the cotangent was multiplied by.
     pub(super) fn finish(self, scale: f64) -> Result<BTreeMap<String, LoraGradient>> {
+        if scale == 1. {
+            return Ok(self.found);
+        }
         let unscale = |(module, gradient): (String, LoraGradient)| {
             Ok((module, LoraGradient { down: (gradient.down / scale)?, up: (gradient.up / scale)? }))
         };
